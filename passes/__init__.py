@@ -1,0 +1,1 @@
+"""Graph -> semantics -> plan -> fragments. Pure: no sockets, no processes."""
