@@ -1,0 +1,220 @@
+"""The messages of the control plane: immutable, tagged, versioned.
+
+On the wire a message is a msgpack array `[tag, *fields]` (core/wire.py packs and bounds it) followed by payload
+frames. `to_wire` and `from_wire` convert; an unknown tag, a wrong arity or a wrong field type is a ProtocolError.
+
+Field types:
+    tensor   `(dtype code, shape, stride, payload[, gaps])`; see core/tensors.py. The payload is raw bytes
+             where small and otherwise the index of a payload frame.
+    argument an int, float, bool or None; or `(RESIDENT, tensor id, epoch)`; or `(INLINE, tensor)`.
+"""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from genie_dynamo.core.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+
+RESIDENT = 0
+INLINE = 1
+
+
+class Hello(NamedTuple):
+    """Client -> worker, first on every connection: who I am and what I speak."""
+
+    version: int
+    session: bytes          # 16 random bytes; whoever knows them may push values into the session
+    lease_s: float
+    facts: dict[str, Any]   # torch version, pid, awareness: for people who read logs
+
+
+class Welcome(NamedTuple):
+    """Worker -> client."""
+
+    version: int
+    incarnation: str
+    heartbeat_address: str
+    facts: dict[str, Any]   # device, threads, torch version, pid, memory
+
+
+class Load(NamedTuple):
+    """Client -> worker: a worker's share of a plan (core/program.py). Answered by Done."""
+
+    request: int
+    program: tuple[Any, ...]
+
+
+class Have(NamedTuple):
+    """Client -> worker: which of these contents (sha256) do you hold? Answered by Done(tuple of bools)."""
+
+    request: int
+    digests: tuple[bytes, ...]
+
+
+class Put(NamedTuple):
+    """Client -> worker: the content of a resident tensor at an epoch. Not answered; a bad one fails its runs."""
+
+    tensor_id: int
+    epoch: int
+    tensor: tuple[Any, ...]
+    digest: bytes | None    # sha256 of the bytes where the client wants them found again; the worker recomputes it
+
+
+class Adopt(NamedTuple):
+    """Client -> worker: like Put, for content the worker said it has."""
+
+    tensor_id: int
+    epoch: int
+    digest: bytes
+
+
+class Run(NamedTuple):
+    """Client -> worker: run a loaded program. Answered by Partial* then Result, or by Failure."""
+
+    request: int
+    program_id: int
+    call_id: int
+    arguments: tuple[Any, ...]               # aligned with program.inputs
+    keeps: tuple[tuple[int, int], ...]       # (tensor id, epoch) for program.keeps, in order; empty: return them instead
+    incoming: tuple[tuple[int, int], ...]    # (tensor id, epoch) that a Put on its way will bring
+    frees: tuple[tuple[int, int], ...]       # (tensor id, epoch) no longer needed
+
+
+class Partial(NamedTuple):
+    """Worker -> client: outputs that were ready before the end: ((index in program.returns, value), ...)."""
+
+    request: int
+    values: tuple[Any, ...]
+
+
+class Result(NamedTuple):
+    """Worker -> client: the rest of the outputs, what the kept ones look like, and what it cost."""
+
+    request: int
+    values: tuple[Any, ...]                  # ((index in program.returns, value), ...)
+    kept: tuple[Any, ...]                    # (dtype code, shape, stride) or a scalar, per program.keeps
+    compute_s: float
+    queue_s: float
+    resident_bytes: int
+
+
+class Failure(NamedTuple):
+    """Worker -> client: the request did not happen; nothing it would have changed has changed."""
+
+    request: int
+    kind: str                                # a name of core/errors.py:WIRE_ERRORS
+    message: str
+    facts: dict[str, Any]
+
+
+class Done(NamedTuple):
+    """Worker -> client: a request without tensors has been carried out."""
+
+    request: int
+    info: Any
+
+
+class Push(NamedTuple):
+    """Worker -> worker: an intermediate value of a call."""
+
+    session: bytes
+    call_id: int
+    value_id: int
+    value: Any                               # an argument
+
+
+class Cancel(NamedTuple):
+    """Client -> worker: forget the runs and mailbox of a call. Not answered."""
+
+    call_id: int
+
+
+class Free(NamedTuple):
+    """Client -> worker: drop resident tensors. Not answered."""
+
+    tensors: tuple[tuple[int, int], ...]
+
+
+class Drop(NamedTuple):
+    """Client -> worker: a graph was collected; drop its program. Not answered."""
+
+    program_id: int
+
+
+class Fetch(NamedTuple):
+    """Client -> worker: send me a resident tensor. Answered by Result with one value."""
+
+    request: int
+    tensor_id: int
+    epoch: int
+
+
+class Stats(NamedTuple):
+    """Client -> worker: memory, counters. Answered by Done(dict)."""
+
+    request: int
+
+
+class Ping(NamedTuple):
+    """Client -> worker: keeps the session's lease. Not answered."""
+
+
+class Bye(NamedTuple):
+    """Client -> worker: the session ends; everything of it is freed. Answered by Done."""
+
+    request: int
+
+
+Message = (
+    Hello | Welcome | Load | Have | Put | Adopt | Run | Partial | Result | Failure | Done | Push | Cancel | Free
+    | Drop | Fetch | Stats | Ping | Bye
+)
+
+_TYPES: tuple[type[Any], ...] = (
+    Hello, Welcome, Load, Have, Put, Adopt, Run, Partial, Result, Failure, Done, Push, Cancel, Free, Drop, Fetch,
+    Stats, Ping, Bye,
+)
+_TAG_OF: dict[type[Any], int] = {cls: tag for tag, cls in enumerate(_TYPES)}
+_NUMBER = (int, float)
+_FIELD_TYPES: dict[str, Any] = {
+    "version": int, "session": bytes, "lease_s": _NUMBER, "facts": dict, "incarnation": str,
+    "heartbeat_address": str, "request": int, "program": tuple, "digests": tuple, "tensor_id": int, "epoch": int,
+    "tensor": tuple, "digest": (bytes, type(None)), "program_id": int, "call_id": int, "arguments": tuple,
+    "keeps": tuple, "incoming": tuple, "frees": tuple, "values": tuple, "kept": tuple, "compute_s": _NUMBER,
+    "queue_s": _NUMBER, "resident_bytes": int, "kind": str, "message": str, "value_id": int, "tensors": tuple,
+    "value": object, "info": object,
+}
+_CHECKS: tuple[tuple[Any, ...], ...] = tuple(tuple(_FIELD_TYPES[f] for f in cls._fields) for cls in _TYPES)
+_PAIR_FIELDS = ("keeps", "incoming", "frees", "tensors")
+
+
+def to_wire(message: Message) -> tuple[Any, ...]:
+    """`(tag, *fields)`, ready for core.wire.pack."""
+    return (_TAG_OF[type(message)], *message)
+
+
+def from_wire(data: Any) -> Message:
+    """The message behind an unpacked array.
+
+    Raises: ProtocolError for anything that is not exactly one of the messages above.
+    """
+    if type(data) is not tuple or not data:
+        raise ProtocolError(f"a message must be a non-empty array, got {type(data).__name__}")
+    tag = data[0]
+    if type(tag) is not int or not 0 <= tag < len(_TYPES):
+        raise ProtocolError(f"unknown message tag {tag!r}; this side knows 0..{len(_TYPES) - 1}")
+    cls, checks = _TYPES[tag], _CHECKS[tag]
+    if len(data) != len(checks) + 1:
+        raise ProtocolError(f"{cls.__name__} has {len(checks)} fields, got {len(data) - 1}")
+    for index, kind in enumerate(checks, 1):
+        if not isinstance(data[index], kind):
+            raise ProtocolError(
+                f"{cls.__name__}.{cls._fields[index - 1]} must be {kind}, got {type(data[index]).__name__}"
+            )
+    message: Message = cls(*data[1:])
+    for field in _PAIR_FIELDS:
+        for pair in getattr(message, field, ()):
+            if type(pair) is not tuple or len(pair) != 2 or not all(type(x) is int for x in pair):
+                raise ProtocolError(f"{cls.__name__}.{field} must hold (tensor id, epoch) pairs, got {pair!r:.80}")
+    return message

@@ -1,0 +1,131 @@
+"""Tensors as plain data: dtype codes, dense layouts, and the wire form that both ends share.
+
+The wire form of a tensor is `(dtype code, shape, stride, payload)` or, with gaps, `(..., payload, True)`.
+
+    dense strides     any permutation (contiguous, channels_last, transposed): the bytes are in storage order
+    gaps=True         the strides leave holes: the bytes are in contiguous order and are scattered on arrival
+
+Dimensions of stride 0 (expanded tensors) are narrowed to one before they travel, and expanded again.
+"""
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from genie_dynamo.core.errors import ProtocolError
+from genie_dynamo.core.limits import DEFAULT_LIMITS
+
+# The order is the protocol: append, never reorder.
+DTYPES: tuple[torch.dtype, ...] = tuple(
+    dtype
+    for name in (
+        "float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool",
+        "complex64", "complex128", "complex32", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
+        "float8_e5m2fnuz", "float8_e8m0fnu", "uint16", "uint32", "uint64", "float4_e2m1fn_x2",
+    )
+    if isinstance(dtype := getattr(torch, name, None), torch.dtype)
+)
+DTYPE_CODE: dict[torch.dtype, int] = {dtype: code for code, dtype in enumerate(DTYPES)}
+DTYPE_OF_NAME: dict[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+Payload = bytes | int
+TensorWire = tuple[Any, ...]
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the strides visit `numel` consecutive elements exactly once, in any order of dimensions."""
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def as_plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A detached, strided CPU tensor with the same values, without lazy conj or neg bits."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_conj():
+        tensor = tensor.resolve_conj()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor if tensor.device.type == "cpu" else tensor.cpu()
+
+
+def describe(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """`(flat bytes owner, (dtype code, shape, stride, gaps))`: what to send, and how to rebuild it.
+
+    The first element's memory, from `data_ptr()` on for `numel * element_size` bytes, is what travels.
+    """
+    tensor = as_plain(tensor)
+    shape = tuple(tensor.shape)
+    code = DTYPE_CODE[tensor.dtype]
+    stride = tensor.stride()
+    if tensor.is_contiguous():
+        return tensor, (code, shape, stride, False)
+    if is_dense(shape, stride):
+        return tensor, (code, shape, stride, False)
+    if 0 in stride:
+        narrow = tuple(1 if step == 0 else size for size, step in zip(shape, stride, strict=True))
+        core = tensor.as_strided(narrow, stride)
+        if is_dense(narrow, stride):
+            return core, (code, shape, stride, False)
+        return core.contiguous(), (code, shape, stride, True)
+    return tensor.contiguous(), (code, shape, stride, True)
+
+
+def check_form(wire: Any) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...], Any, bool]:
+    """Validate a tensor's wire form from a peer.
+
+    Raises: ProtocolError for anything else than the form in this file's docstring.
+    """
+    if type(wire) is not tuple or not 4 <= len(wire) <= 5:
+        raise ProtocolError(f"a tensor is an array of 4 or 5 fields, got {wire!r:.80}")
+    code, shape, stride, payload = wire[:4]
+    if type(code) is not int or not 0 <= code < len(DTYPES):
+        raise ProtocolError(f"unknown dtype code {code!r}; this side knows 0..{len(DTYPES) - 1}")
+    if type(shape) is not tuple or len(shape) > DEFAULT_LIMITS.tensor_dims:
+        raise ProtocolError(f"a shape has at most {DEFAULT_LIMITS.tensor_dims} dims, got {shape!r:.80}")
+    if type(stride) is not tuple or len(stride) != len(shape):
+        raise ProtocolError(f"stride {stride!r:.80} does not fit shape {shape!r:.80}")
+    for dims in (shape, stride):
+        for size in dims:
+            if type(size) is not int or size < 0:
+                raise ProtocolError(f"sizes and strides are integers >= 0, got {size!r} in {dims!r:.80}")
+    return DTYPES[code], shape, stride, payload, len(wire) == 5 and bool(wire[4])
+
+
+def core_shape(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape whose bytes travel: expanded dimensions count once."""
+    if 0 not in stride:
+        return shape
+    return tuple(1 if step == 0 and size > 0 else size for size, step in zip(shape, stride, strict=True))
+
+
+def numel(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def copy_out(tensor: torch.Tensor, size_bytes: int) -> bytes:
+    """The tensor's first `size_bytes` bytes of memory, copied."""
+    return ctypes.string_at(tensor.data_ptr(), size_bytes) if size_bytes else b""
+
+
+def copy_in(tensor: torch.Tensor, data: bytes) -> None:
+    """Overwrite the tensor's memory with `data`; the caller has checked the length."""
+    if data:
+        ctypes.memmove(tensor.data_ptr(), data, len(data))
+
+
+def view_memory(tensor: torch.Tensor, size_bytes: int) -> Any:
+    """A buffer object over the tensor's memory that keeps the tensor alive."""
+    buffer = (ctypes.c_char * size_bytes).from_address(tensor.data_ptr())
+    buffer._owner = tensor
+    return buffer
