@@ -1,1 +1,58 @@
-x=1
+"""Run PyTorch graphs on remote workers: `torch.compile(model, backend="genie")`.
+
+Everything is imported on first use, so that a worker can start without the face and `import genie_dynamo` is quick.
+"""
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "compile": "genie_dynamo.compiling",
+    "init": "genie_dynamo.sessions",
+    "shutdown": "genie_dynamo.sessions",
+    "session": "genie_dynamo.sessions",
+    "get_stats": "genie_dynamo.sessions",
+    "reset_stats": "genie_dynamo.sessions",
+    "invalidate": "genie_dynamo.sessions",
+    "set_log_level": "genie_dynamo.sessions",
+    "Session": "genie_dynamo.runtime.client.session",
+    "Config": "genie_dynamo.core.config",
+}
+_ERRORS = (
+    "GenieError", "ConfigError", "PlanError", "UnsupportedGraphError", "SessionError", "SessionClosedError",
+    "SessionExpiredError", "WorkerError", "WorkerUnreachableError", "WorkerLostError", "WorkerTimeoutError",
+    "WorkerMemoryError", "WorkerBusyError", "RemoteExecutionError", "ProtocolError", "VersionMismatchError",
+    "MessageLimitError", "StaleHandleError", "AuthenticationError",
+)
+_WHERE |= dict.fromkeys(_ERRORS, "genie_dynamo.core.errors")
+
+__all__ = ["__version__", *_WHERE]
+
+if TYPE_CHECKING:
+    from genie_dynamo.compiling import compile as compile
+    from genie_dynamo.core.config import Config as Config
+    from genie_dynamo.core.errors import *  # noqa: F403
+    from genie_dynamo.runtime.client.session import Session as Session
+    from genie_dynamo.sessions import get_stats as get_stats
+    from genie_dynamo.sessions import init as init
+    from genie_dynamo.sessions import invalidate as invalidate
+    from genie_dynamo.sessions import reset_stats as reset_stats
+    from genie_dynamo.sessions import session as session
+    from genie_dynamo.sessions import set_log_level as set_log_level
+    from genie_dynamo.sessions import shutdown as shutdown
+
+
+def __getattr__(name: str) -> Any:
+    where = _WHERE.get(name)
+    if where is None:
+        raise AttributeError(f"module 'genie_dynamo' has no attribute {name!r}; public names: {', '.join(_WHERE)}")
+    value = getattr(importlib.import_module(where), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

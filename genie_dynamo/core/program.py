@@ -110,10 +110,10 @@ def worker_programs(
     """
     ids = value_ids(plan)
     mutated = {name for _, name in plan.mutations}
-    returned, saved = set(plan.returned_values()), set(plan.saved_values())
     static = {plan.inputs[i] for i in plan.static_inputs}
     kept_mutations = {name for i, name in plan.mutations if plan.inputs[i] in static} & mutated
     programs: dict[int, WorkerProgram] = {}
+    kept: set[str] = set()
     for worker in sorted({f.worker for f in plan.fragments}):
         mine = [f for f in plan.fragments if f.worker == worker]
         made = {v for f in mine for v in _makes(f)}
@@ -125,6 +125,10 @@ def worker_programs(
             for v in dict.fromkeys(v for f in plan.fragments if f.worker == other for v in _wants(f))
             if v in made
         ]
+        # An input may be saved for the backward too: the first worker that gets it keeps it.
+        here = made | {*from_client}
+        keeps = [v for v in dict.fromkeys((*plan.saved_values(), *sorted(kept_mutations))) if v in here - kept]
+        kept.update(keeps)
         programs[worker] = WorkerProgram(
             program_id=program_id,
             fragments=tuple(
@@ -139,8 +143,7 @@ def worker_programs(
             receives=tuple(ids[v] for v in wanted if v not in from_client),
             sends=tuple(sends),
             returns=tuple(ids[v] for v in plan.returned_values() if v in made),
-            keeps=tuple(ids[v] for v in dict.fromkeys((*plan.saved_values(), *sorted(kept_mutations))) if v in made),
+            keeps=tuple(ids[v] for v in keeps),
             compiler=compiler,
         )
-    assert returned | saved >= kept_mutations
     return programs

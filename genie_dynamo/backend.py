@@ -1,0 +1,120 @@
+"""The Dynamo backend: `torch.compile(model, backend="genie")`.
+
+    Dynamo graph -> passes -> AOTAutograd, no decompositions -> ATen graphs -> plan -> RemoteGraph
+
+Each ATen graph (inference, forward, backward) is planned and lowered here and sent at its first run. A graph that
+cannot be shipped runs locally: said once with the reason, counted in get_stats()["fallbacks"], an error in strict mode.
+"""
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config
+from functorch.compile import default_partition
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+
+from genie_dynamo import sessions
+from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::sdpa
+from genie_dynamo.core.config import Config
+from genie_dynamo.core.errors import UnsupportedGraphError
+from genie_dynamo.core.fragment import encode
+from genie_dynamo.core.plan import GuardFacts
+from genie_dynamo.passes.facts import read_facts, read_guards
+from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
+from genie_dynamo.passes.pipeline import run_pipeline
+from genie_dynamo.passes.planning import plan_graph
+from genie_dynamo.runtime.client.remote_graph import GraphInfo, RemoteGraph, materialize
+
+log = logging.getLogger(__name__)
+
+_numbers = itertools.count()
+_said: set[str] = set()
+_BUILT_IN = frozenset({"aten", "prims", "genie", "higher_order", "rngprims"})
+
+
+def genie(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """The entry point that torch.compile finds under the name "genie".
+
+    Args:   kwargs: torch passes `options=` here (see core/config.py), and `mode=`, which has no meaning for us.
+    Raises: ConfigError for a wrong option; UnsupportedGraphError in strict mode.
+    """
+    options = kwargs.pop("options", None) or {}
+    config = sessions.default_config().for_compile(options)
+    run_pipeline(gm, example_inputs)
+    guards = read_guards(gm)
+
+    def compiler(kind: str) -> Callable[..., Any]:
+        return lambda graph, inputs: compile_aten(graph, kind, guards, config)
+
+    # Donated buffers would forbid retain_graph=True, which eager allows.
+    with torch._functorch.config.patch(donated_buffer=False):
+        compiled: Callable[..., Any] = aot_autograd(
+            fw_compiler=compiler("forward"), bw_compiler=compiler("backward"),
+            inference_compiler=compiler("inference"), partition_fn=default_partition,
+            keep_inference_input_mutations=True,
+        )(gm, example_inputs)
+    return compiled
+
+
+def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Config) -> Callable[[list[Any]], Any]:
+    """One ATen graph as a boxed callable: remote where it can be shipped, else local."""
+    label = f"{kind} graph {next(_numbers)}"
+    local = _boxed(gm, kind)
+    facts = read_facts(gm, kind)
+    reasons = unsupported_reasons(gm)
+    if not reasons:
+        try:
+            plan = plan_graph(gm, facts, guards)
+            specs = {
+                f.fragment_id: encode(lower_fragment(gm, node_names=f.node_names, inputs=f.inputs, outputs=f.outputs))
+                for f in plan.fragments
+            }
+        except UnsupportedGraphError as error:
+            reasons = (str(error),)
+    if reasons:
+        return _fall_back(label, reasons, local, config)
+    namespaces = _namespaces(gm)
+    if not plan.fragments:
+        # Nothing to compute: outputs are inputs and literals.
+        return local
+    return RemoteGraph(plan, specs, GraphInfo(kind == "backward", facts.bumped, label), config,
+                       lambda: sessions.session(namespaces), local)
+
+
+def _boxed(gm: fx.GraphModule, kind: str) -> Callable[[list[Any]], Any]:
+    """The graph as it runs here; activations that a remote forward left on its worker are fetched."""
+
+    def run(args: list[Any]) -> Any:
+        values = materialize(args, sessions.session) if kind == "backward" else list(args)
+        args.clear()
+        return gm.forward(*values)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _fall_back(label: str, reasons: Sequence[str], local: Callable[[list[Any]], Any],
+               config: Config) -> Callable[[list[Any]], Any]:
+    text = "; ".join(reasons[:5]) + (f"; and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+    if config.strict:
+        raise UnsupportedGraphError(f"{label} cannot be shipped to a worker: {text}", reasons=tuple(reasons))
+    if reasons[0] not in _said:
+        _said.add(reasons[0])
+        log.warning("%s runs locally, it cannot be shipped: %s", label, text)
+
+    def run(args: list[Any]) -> Any:
+        sessions.session().telemetry.fallback(reasons[0])
+        return local(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _namespaces(gm: fx.GraphModule) -> frozenset[str]:
+    found = {node.target.namespace for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    return frozenset(found - _BUILT_IN)

@@ -1,0 +1,135 @@
+"""ATen graph -> plan: the graph's nodes as fragments, its mutations as values, its outputs as rules.
+
+    placeholders -> [call_function ...] -> aten.copy_(placeholder, new)* -> output
+                    `---- fragments ----'  `------ mutations ---------'
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from genie_dynamo.core.errors import UnsupportedGraphError
+from genie_dynamo.core.plan import RNG_STATE, Fragment, GuardFacts, Output, Plan, rng_after, verify_plan
+from genie_dynamo.passes.facts import GraphFacts, draws_random_numbers
+
+Assign = Callable[[fx.Node], int]
+"""Which worker of the plan runs a node."""
+
+
+def plan_graph(gm: fx.GraphModule, facts: GraphFacts, guards: GuardFacts | None = None, *,
+               assign: Assign | None = None, num_workers: int = 1) -> Plan:
+    """A verified plan of the graph.
+
+    Args:    assign: node -> worker; None puts all on worker 0.
+    Raises:  UnsupportedGraphError where a mutation is not the epilogue AOTAutograd makes; PlanError on our own bugs.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    index_of = {node: index for index, node in enumerate(placeholders)}
+    epilogue = _epilogue(gm, index_of)
+    body = [n for n in gm.graph.nodes if n.op in ("call_function", "get_attr") and n not in epilogue]
+    outputs = _output_rules(gm, facts, index_of, epilogue)
+    wanted = {o.name for o in outputs} | {source.name for _, source in epilogue.values()}
+    plan = Plan(
+        graph_id=hashlib.sha256(gm.code.encode()).hexdigest(),
+        inputs=tuple(node.name for node in placeholders),
+        static_inputs=facts.static_inputs,
+        outputs=outputs,
+        mutations=tuple((index, source.name) for index, source in epilogue.values()),
+        fragments=_fragments(body, wanted, assign or (lambda node: 0)),
+        num_workers=num_workers,
+        guards=guards or GuardFacts(),
+    )
+    verify_plan(plan, {n.name: tuple(dict.fromkeys(i.name for i in n.all_input_nodes)) for n in body})
+    return plan
+
+
+def _epilogue(gm: fx.GraphModule, index_of: dict[fx.Node, int]) -> dict[fx.Node, tuple[int, fx.Node]]:
+    """The trailing copies into inputs: node -> (input position, node of the new content)."""
+    found: dict[fx.Node, tuple[int, fx.Node]] = {}
+    written: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        for argument in node.all_input_nodes:
+            if argument in written and node.op != "output":
+                raise UnsupportedGraphError(
+                    f"{node.name} reads {argument.name} after the graph has written to it ({written[argument].name})")
+        if node.op == "call_function" and node.target is torch.ops.aten.copy_.default and node.args[0] in index_of:
+            source = node.args[1]
+            if not isinstance(source, fx.Node):
+                raise UnsupportedGraphError(f"{node.name} writes a constant into input {node.args[0]}")
+            target = node.args[0]
+            assert isinstance(target, fx.Node)
+            found[node] = (index_of[target], source)
+            written[target] = node
+            written[node] = node
+    return found
+
+
+def _output_rules(gm: fx.GraphModule, facts: GraphFacts, index_of: dict[fx.Node, int],
+                  epilogue: dict[fx.Node, tuple[int, fx.Node]]) -> tuple[Output, ...]:
+    (raw,) = gm.graph.output_node().args
+    listed: Sequence[Any] = raw if isinstance(raw, list | tuple) else (raw,)
+    static = set(facts.static_inputs)
+    rules = []
+    for position, item in enumerate(listed):
+        saved = position >= facts.num_outputs
+        if not isinstance(item, fx.Node):
+            rules.append(Output(kind="literal", literal=item))
+        elif item in epilogue:
+            rules.append(Output(kind="input", index=epilogue[item][0]))
+        elif item in index_of:
+            index = index_of[item]
+            if saved and index not in static and _is_tensor(item):
+                rules.append(Output(kind="saved", name=item.name))
+            else:
+                rules.append(Output(kind="input", index=index))
+        else:
+            rules.append(Output(kind="saved" if saved and _is_tensor(item) else "value", name=item.name))
+    return tuple(rules)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _is_subgraph(node: fx.Node) -> bool:
+    if node.op != "get_attr" or node.graph.owning_module is None:
+        return False
+    value: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return isinstance(value, torch.nn.Module)
+
+
+def _fragments(body: Sequence[fx.Node], wanted: set[str], assign: Assign) -> tuple[Fragment, ...]:
+    """Maximal runs of nodes on one worker, in topological order."""
+    groups: list[tuple[int, list[fx.Node]]] = []
+    # A subgraph is not a value: it goes with the node that uses it.
+    deferred = {n for n in body if _is_subgraph(n)}
+    for node in body:
+        if node in deferred:
+            continue
+        worker = assign(node)
+        if not groups or groups[-1][0] != worker:
+            groups.append((worker, []))
+        groups[-1][1].extend(n for n in node.all_input_nodes if n in deferred)
+        deferred.difference_update(node.all_input_nodes)
+        groups[-1][1].append(node)
+    home = {node: number for number, (_, nodes) in enumerate(groups) for node in nodes}
+    fragments = []
+    rng = RNG_STATE
+    for number, (worker, nodes) in enumerate(groups):
+        inside = set(nodes)
+        inputs = dict.fromkeys(i.name for n in nodes for i in n.all_input_nodes if i not in inside)
+        outputs = [n.name for n in nodes
+                   if n.name in wanted or any(u in home and home[u] != number for u in n.users)]
+        random = any(map(draws_random_numbers, nodes))
+        fragments.append(Fragment(
+            fragment_id=number, worker=worker, node_names=tuple(n.name for n in nodes), inputs=tuple(inputs),
+            outputs=tuple(dict.fromkeys(outputs)), rng_in=rng if random else None))
+        if random:
+            rng = rng_after(number)
+    return tuple(fragments)

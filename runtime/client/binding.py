@@ -1,0 +1,80 @@
+"""A plan bound to the workers of a session: each worker's program, loaded, and how arguments map to it."""
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from genie_dynamo.core import messages as m
+from genie_dynamo.core.plan import RNG_STATE, Plan
+from genie_dynamo.core.program import WorkerProgram, value_ids, worker_programs
+from genie_dynamo.runtime.client.connection import Connection
+from genie_dynamo.runtime.client.residency import Seen
+from genie_dynamo.runtime.client.session import Session
+from genie_dynamo.runtime.client.workers import WorkerLink
+
+RNG_ARGUMENT = -1
+
+
+class BoundProgram:
+    """One worker's program of a bound plan."""
+
+    def __init__(self, plan: Plan, link: WorkerLink, program: WorkerProgram, names: dict[int, str]) -> None:
+        index_of = {name: index for index, name in enumerate(plan.inputs)}
+        self.link = link
+        self.program = program
+        self.arguments = tuple(
+            RNG_ARGUMENT if names[v] == RNG_STATE else index_of[names[v]] for v in program.inputs)
+        self.return_names = tuple(names[v] for v in program.returns)
+        self.keep_names = tuple(names[v] for v in program.keeps)
+        saved = set(plan.saved_values())
+        static = set(plan.static_inputs)
+        updates = {name: i for i, name in plan.mutations if i in static}
+        self.keep_updates = tuple(None if name in saved else updates.get(name) for name in self.keep_names)
+        """Per kept value: the position of the parameter or buffer that it becomes, or None for an activation."""
+        self.num_fragments = len(program.fragments)
+        self.cached: tuple[Seen | None, list[Any]] = (None, [None] * len(self.arguments))
+        """References to resident parameters, by argument, and the look at them for which they hold."""
+
+
+class Binding:
+    """The bound programs, by worker index of the plan."""
+
+    def __init__(self, programs: dict[int, BoundProgram], program_id: int) -> None:
+        self.programs = programs
+        self.program_id = program_id
+
+    @property
+    def usable(self) -> bool:
+        return not any(bound.link.lost for bound in self.programs.values())
+
+
+def bind(session: Session, plan: Plan, specs: dict[int, bytes], links: Sequence[WorkerLink], compiler: str,
+         timeout_s: float) -> Binding:
+    """Number the plan's programs and load each on its worker.
+
+    Raises: what a worker reports when it refuses a fragment, or WorkerError.
+    """
+    program_id = session.next_id()
+    peers = tuple((link.address, _text(link.server_key)) for link in links)
+    programs = worker_programs(plan, specs, program_id=program_id, peers=peers, compiler=compiler)
+    names = {number: name for name, number in value_ids(plan).items()}
+    bound: dict[int, BoundProgram] = {}
+    for worker, program in programs.items():
+        link = links[worker]
+        with link.connection() as connection:
+            _load(session, connection, link, program, timeout_s)
+        bound[worker] = BoundProgram(plan, link, program, names)
+    return Binding(bound, program_id)
+
+
+def _load(session: Session, connection: Connection, link: WorkerLink, program: WorkerProgram, timeout_s: float) -> None:
+    message = m.Load(connection.next_request(), program.to_wire())
+    connection.ask(message, time.monotonic() + timeout_s)
+    session.telemetry.moved(link.name, sent={"control": sum(len(f.spec) for f in program.fragments)})
+
+
+def _text(key: Any) -> str:
+    if key is None:
+        return ""
+    return key.decode() if isinstance(key, bytes) else str(key)

@@ -1,0 +1,265 @@
+"""One client's life with a set of workers: links, ids, residency, statistics, housekeeping, and its end."""
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import zmq
+
+from genie_dynamo.core import messages as m
+from genie_dynamo.core.config import Config
+from genie_dynamo.core.errors import GenieError, SessionClosedError, WorkerError, WorkerLostError
+from genie_dynamo.runtime.client.residency import Residency
+from genie_dynamo.runtime.client.workers import WorkerLink
+from genie_dynamo.runtime.cluster import WorkerAddress
+from genie_dynamo.runtime.heartbeat import HeartbeatMonitor
+from genie_dynamo.runtime.launcher import EmbeddedWorker, start_embedded
+from genie_dynamo.runtime.security import Security
+from genie_dynamo.runtime.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+HOUSEKEEPING_S = 1.0
+
+
+class Session:
+    """Made by genie.init. A context manager; belongs to the process that made it.
+
+    Raises: WorkerUnreachableError where a worker does not answer; nothing is left running then.
+    """
+
+    def __init__(self, config: Config, remote: Sequence[WorkerAddress] = (), security: Security | None = None,
+                 op_libraries: Sequence[str] = ()) -> None:
+        self.config = config
+        self.telemetry = Telemetry()
+        self.op_libraries = tuple(dict.fromkeys((*config.op_libraries, *op_libraries)))
+        self.token = secrets.token_bytes(16)
+        self.closed = ""
+        self._pid = os.getpid()
+        self._security = security or Security()
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._ids = itertools.count(1)
+        self._lock = threading.RLock()
+        self._stop = threading.Event()
+        self.residency = Residency(config.fingerprint_samples, self._queue_free, self.next_id)
+        self.monitor = HeartbeatMonitor(interval_s=config.heartbeat_interval_s, timeout_s=config.heartbeat_timeout_s)
+        self.links: list[WorkerLink] = []
+        try:
+            if remote:
+                for index, worker in enumerate(remote):
+                    self.links.append(self._link(worker.name or f"w{index}", worker.address, worker.server_key, None))
+            else:
+                count = config.workers if isinstance(config.workers, int) else 1
+                for index, embedded in enumerate(self._start(count)):
+                    self.links.append(self._link(f"w{index}", embedded.address, None, embedded))
+        except BaseException:
+            self.close()
+            raise
+        self._housekeeper = threading.Thread(target=_housekeeping, args=(weakref.ref(self), self._stop),
+                                             name="genie-housekeeping", daemon=True)
+        self._housekeeper.start()
+
+    # -- use --------------------------------------------------------------------------------------------------
+
+    def check_open(self) -> None:
+        """Raises: SessionClosedError after close, or in a forked child."""
+        if self.closed:
+            raise SessionClosedError(f"this session is closed ({self.closed}); genie.init() opens a new one")
+        if os.getpid() != self._pid:
+            raise SessionClosedError("this session belongs to the parent process; a forked child opens its own")
+
+    def next_id(self) -> int:
+        """A number nobody has used in this session: for tensors, programs and calls."""
+        return next(self._ids)
+
+    def pick(self, prefer: Sequence[str] = ()) -> WorkerLink:
+        """The healthy worker with the fewest calls in flight; of equals one of `prefer`, else the first.
+
+        Raises: WorkerLostError when all are lost and cannot be replaced.
+        """
+        self.check_open()
+        healthy = [link for link in self.links if not link.lost]
+        if len(healthy) < len(self.links):
+            self.replace_lost()
+            healthy = [link for link in self.links if not link.lost]
+        if not healthy:
+            reasons = "; ".join(f"{link.name} at {link.address}: {link.lost}" for link in self.links)
+            raise WorkerLostError(f"no worker of this session is left ({reasons}); start one and call genie.init again")
+        if len(healthy) == 1:
+            return healthy[0]
+        return min(healthy, key=lambda link: (link.in_flight, link.name not in prefer))
+
+    def replace_lost(self) -> None:
+        """Restart lost embedded workers, and reconnect to remote ones that have come back."""
+        with self._lock:
+            for index, link in enumerate(self.links):
+                if not link.lost:
+                    continue
+                self._forget(link)
+                try:
+                    if link.embedded is not None:
+                        link.embedded.close(timeout_s=0.0)
+                        embedded = self._start(1)[0]
+                        fresh = self._link(link.name, embedded.address, None, embedded)
+                    else:
+                        fresh = self._link(link.name, link.address, link.server_key, None, timeout_s=1.0)
+                except WorkerError as error:
+                    log.warning("worker %s is lost (%s) and could not be replaced: %s", link.name, link.lost, error)
+                    continue
+                log.warning("worker %s was lost (%s); a new incarnation takes its place", link.name,
+                            link.lost.splitlines()[0])
+                self.telemetry.event("worker replaced")
+                self.links[index] = fresh
+
+    def lost(self, link: WorkerLink) -> None:
+        """A call has found that the worker is gone."""
+        self.residency.worker_gone(link.key)
+
+    def fetch(self, link: WorkerLink, tensor_id: int, epoch: int) -> torch.Tensor:
+        """Bring a resident tensor here. Raises: StaleHandleError, WorkerError."""
+        from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
+
+        with link.connection() as connection:
+            deadline_s = time.monotonic() + self.config.timeout_s
+            request = connection.next_request()
+            connection.send(m.Fetch(request, tensor_id, epoch))
+            while True:
+                answer, frames, header_bytes = connection.receive(deadline_s)
+                if isinstance(answer, m.Failure):
+                    from genie_dynamo.runtime.client.connection import to_error
+
+                    raise to_error(answer, link.address)
+                if isinstance(answer, m.Result) and answer.request == request:
+                    break
+        tensor = ZmqFrames().land(answer.values[0][1][1], frames, torch.device("cpu"))
+        self.telemetry.moved(link.name, received={"state": tensor.numel() * tensor.element_size(),
+                                                  "control": header_bytes})
+        return tensor
+
+    def stats(self) -> dict[str, Any]:
+        """The session's counters, with each worker's memory and incarnation."""
+        snapshot = self.telemetry.snapshot()
+        for link in list(self.links):
+            row = snapshot["workers"].setdefault(link.name, _empty_row())
+            row.update(address=link.address, incarnation=link.incarnation, lost=link.lost or None)
+            if link.lost or self.closed:
+                continue
+            try:
+                answer = link.ask(m.Stats, 5.0)
+            except GenieError as error:
+                row["error"] = str(error)
+                continue
+            info = answer.info if isinstance(answer, m.Done) else {}
+            row.update({key: value for key, value in info.items() if key != "incarnation"})
+        return snapshot
+
+    # -- end --------------------------------------------------------------------------------------------------
+
+    def close(self, reason: str = "shutdown was called") -> None:
+        """End the session: workers forget it, embedded ones end. Idempotent; does nothing in a forked child."""
+        if self.closed or os.getpid() != self._pid:
+            return
+        self.closed = reason
+        self._stop.set()
+        for link in self.links:
+            if link.embedded is None and not link.lost:
+                try:
+                    link.ask(m.Bye, 2.0)
+                except GenieError as error:
+                    log.info("worker %s did not hear the goodbye: %s", link.name, error)
+        self.monitor.close()
+        for link in self.links:
+            link.close()
+            if link.embedded is not None:
+                link.embedded.close()
+        self._context.destroy(linger=0)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = f"closed: {self.closed}" if self.closed else ", ".join(f"{w.name}@{w.address}" for w in self.links)
+        return f"<genie Session {state}>"
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _start(self, count: int) -> list[EmbeddedWorker]:
+        return start_embedded(
+            count, num_threads=self.config.num_threads, op_libraries=self.op_libraries,
+            connect_timeout_s=self.config.connect_timeout_s, log_level=self.config.log_level)
+
+    def _link(self, name: str, address: str, server_key: Any, embedded: EmbeddedWorker | None,
+              timeout_s: float | None = None) -> WorkerLink:
+        link = WorkerLink(
+            name=name, address=address, server_key=server_key, embedded=embedded, context=self._context,
+            security=self._security, token=self.token,
+            lease_s=0.0 if embedded is not None else self.config.session_lease_s,
+            timeout_s=timeout_s or self.config.connect_timeout_s, why_lost=self._why_lost)
+        alive = (lambda: embedded.alive) if embedded is not None else None
+        self.monitor.add(link.key, link.welcome.heartbeat_address, self._security, link.incarnation,
+                         server_public=server_key, is_alive=alive)
+        return link
+
+    def _why_lost(self, link: WorkerLink) -> str | None:
+        if self.closed:
+            raise SessionClosedError(f"the session was closed while a call was running ({self.closed})")
+        if link.embedded is not None and not link.embedded.alive:
+            return f"its process (pid {link.embedded.pid}) has ended: {link.embedded.exit_reason()}"
+        return self.monitor.is_lost(link.key)
+
+    def _forget(self, link: WorkerLink) -> None:
+        self.residency.worker_gone(link.key)
+        self.monitor.remove(link.key)
+        link.close()
+
+    def _queue_free(self, worker: str, key: tuple[int, int]) -> None:
+        for link in self.links:
+            if link.key == worker:
+                link.frees.append(key)
+
+    def housekeeping(self) -> None:
+        """Once a second: keep leases, free what finalizers have queued."""
+        for link in list(self.links):
+            if link.lost:
+                continue
+            try:
+                frees = link.take_frees()
+                if frees:
+                    link.tell(m.Free(frees))
+                while link.drops:
+                    link.tell(m.Drop(link.drops.popleft()))
+                if link.embedded is None:
+                    link.tell(m.Ping())
+            except GenieError as error:
+                log.info("housekeeping of %s: %s", link.name, error)
+
+
+def _housekeeping(session_ref: weakref.ref[Session], stop: threading.Event) -> None:
+    while not stop.wait(HOUSEKEEPING_S):
+        session = session_ref()
+        if session is None or session.closed:
+            return
+        try:
+            session.housekeeping()
+        except zmq.ZMQError as error:
+            if not session.closed:
+                log.warning("housekeeping: %s", error)
+        del session
+
+
+def _empty_row() -> dict[str, Any]:
+    blank = Telemetry()
+    blank.moved("", sent={})
+    row: dict[str, Any] = blank.snapshot()["workers"][""]
+    return row

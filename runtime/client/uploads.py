@@ -1,0 +1,147 @@
+"""Bringing parameters and buffers to a worker: in bulk before the first run, in a stream beside later ones."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from genie_dynamo.core import messages as m
+from genie_dynamo.core.errors import ProtocolError
+from genie_dynamo.runtime.client.connection import Connection
+from genie_dynamo.runtime.client.residency import DIGEST_BYTES, Entry, Residency, digest_of
+from genie_dynamo.runtime.client.workers import WorkerLink
+from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
+from genie_dynamo.runtime.telemetry import Telemetry
+
+CHUNK_BYTES = 32 << 20
+"""Bulk uploads wait for the worker after this much, so that neither side's queues grow and progress is real."""
+PROGRESS_BYTES = 32 << 20
+"""From this size on a bulk upload shows a progress bar, where the configuration allows."""
+
+
+class Upload(NamedTuple):
+    """One tensor whose current content a worker lacks."""
+
+    entry: Entry
+    tensor: torch.Tensor
+    epoch: int
+
+
+class Needs(NamedTuple):
+    """What one worker lacks for one call."""
+
+    fresh: list[Upload]                       # never there before: bulk
+    changed: list[Upload]                     # an older content is there: streamed beside the run
+    incoming: list[tuple[int, int]]           # (tensor id, epoch) on their way, from whatever thread
+
+
+def find_needs(residency: Residency, link: WorkerLink, entries: Sequence[Entry],
+               statics: Sequence[torch.Tensor]) -> Needs:
+    """Compare the epochs the call needs with those the worker has, and claim what this thread will send."""
+    needs, key = Needs([], [], []), link.key
+    with residency.lock:
+        for entry, tensor in zip(entries, statics, strict=True):
+            epoch = entry.epoch
+            if entry.acked.get(key) == epoch:
+                continue
+            before = entry.sent.get(key)
+            needs.incoming.append((entry.tensor_id, epoch))
+            if before != epoch:
+                (needs.fresh if before is None else needs.changed).append(Upload(entry, tensor, epoch))
+                entry.sent[key] = epoch
+    return needs
+
+
+def unclaim(residency: Residency, link: WorkerLink, uploads: Sequence[Upload]) -> None:
+    """The call failed: what was to be sent may not have arrived."""
+    with residency.lock:
+        for upload in uploads:
+            if upload.entry.sent.get(link.key) == upload.epoch:
+                del upload.entry.sent[link.key]
+        residency.stamp += 1
+
+
+def acknowledge(residency: Residency, link: WorkerLink, entries: Sequence[Entry],
+                incoming: Sequence[tuple[int, int]]) -> None:
+    """The worker has used these contents, so it has them."""
+    arrived = set(incoming)
+    with residency.lock:
+        for entry in entries:
+            epoch = entry.sent.get(link.key)
+            if epoch is not None and (entry.tensor_id, epoch) in arrived:
+                entry.acked[link.key] = epoch
+
+
+def send_fresh(connection: Connection, lane: ZmqFrames, link: WorkerLink, uploads: Sequence[Upload],
+               telemetry: Telemetry, *, deadline_s: float, progress: str) -> None:
+    """Upload contents a worker never had; those it has under another name or from another client are adopted.
+
+    Raises: what the worker reports, or WorkerError.
+    """
+    known = _ask_known(connection, link, uploads, telemetry, deadline_s)
+    total = sum(u.tensor.numel() * u.tensor.element_size() for u in uploads if u.entry.digest not in known)
+    unacknowledged = 0
+    with _progress(total, f"weights to {link.name}", progress) as advance:
+        for upload in uploads:
+            entry = upload.entry
+            if entry.digest is not None and entry.digest in known:
+                size = connection.send(m.Adopt(entry.tensor_id, upload.epoch, entry.digest))
+                telemetry.moved(link.name, sent={"control": size})
+                continue
+            size = send_put(connection, lane, link, upload, telemetry)
+            advance(size)
+            unacknowledged += size
+            if unacknowledged > CHUNK_BYTES:
+                connection.ask(m.Have(connection.next_request(), ()), deadline_s)
+                unacknowledged = 0
+
+
+def send_put(connection: Connection, lane: ZmqFrames, link: WorkerLink, upload: Upload, telemetry: Telemetry) -> int:
+    """Send one content; returns its size in bytes."""
+    frames: list[Any] = []
+    wire = lane.stage(upload.tensor, frames)
+    header = connection.send(m.Put(upload.entry.tensor_id, upload.epoch, wire, upload.entry.digest), frames)
+    size = payload_bytes(wire, frames)
+    inline = size if not frames else 0
+    telemetry.moved(link.name, sent={"weights": size, "control": header - inline})
+    return size
+
+
+def payload_bytes(wire: Sequence[Any], frames: Sequence[Any]) -> int:
+    """How many bytes of tensor content a wire form stands for."""
+    payload = wire[3]
+    return len(payload) if type(payload) is bytes else len(frames[payload])
+
+
+def _ask_known(connection: Connection, link: WorkerLink, uploads: Sequence[Upload], telemetry: Telemetry,
+               deadline_s: float) -> set[bytes]:
+    asked: list[bytes] = []
+    for upload in uploads:
+        if upload.tensor.numel() * upload.tensor.element_size() >= DIGEST_BYTES:
+            if upload.entry.digest is None:
+                upload.entry.digest = digest_of(upload.tensor)
+            asked.append(upload.entry.digest)
+    if not asked:
+        return set()
+    answer = connection.ask(m.Have(connection.next_request(), tuple(asked)), deadline_s)
+    if not isinstance(answer, m.Done) or len(answer.info) != len(asked):
+        raise ProtocolError(f"{link.address} answered {len(asked)} digests with {answer!r:.80}")
+    telemetry.moved(link.name, sent={"control": 34 * len(asked)}, received={"control": len(asked)})
+    return {digest for digest, held in zip(asked, answer.info, strict=True) if held}
+
+
+@contextmanager
+def _progress(total_bytes: int, label: str, mode: str) -> Iterator[Any]:
+    wanted = mode == "on" or (mode == "auto" and total_bytes >= PROGRESS_BYTES and sys.stderr.isatty())
+    if not wanted or total_bytes == 0:
+        yield lambda size: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True, leave=False) as bar:
+        yield bar.update
+
+

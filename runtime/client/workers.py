@@ -1,0 +1,122 @@
+"""A session's link to one incarnation of one worker: its connections, what is to be freed there, and its health."""
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import zmq
+
+from genie_dynamo.core import messages as m
+from genie_dynamo.core.errors import WorkerLostError
+from genie_dynamo.runtime.client.connection import Connection, greet
+from genie_dynamo.runtime.launcher import EmbeddedWorker
+from genie_dynamo.runtime.security import Security, apply_client, harden
+
+
+class WorkerLink:
+    """One incarnation of a worker as its client sees it. A restarted worker gets a new link."""
+
+    def __init__(self, *, name: str, address: str, server_key: str | None, embedded: EmbeddedWorker | None,
+                 context: zmq.Context[Any], security: Security, token: bytes, lease_s: float, timeout_s: float,
+                 why_lost: Callable[[WorkerLink], str | None]) -> None:
+        self.name = name
+        self.address = address
+        self.server_key = server_key
+        self.embedded = embedded
+        self.frees: deque[tuple[int, int]] = deque()      # appended from finalizers, in any thread
+        self.drops: deque[int] = deque()                  # programs of collected graphs
+        self.in_flight = 0
+        self.lost = ""
+        self._context = context
+        self._security = security
+        self._hello = (token, lease_s, {"client": name}, timeout_s)
+        self._why_lost = why_lost
+        self._idle: list[Connection] = []
+        self.incarnation = ""
+        connection = self._connect()
+        try:
+            self.welcome = greet(connection, *self._hello)
+        except BaseException:
+            connection.close()
+            raise
+        self.incarnation = self.welcome.incarnation
+        self._idle.append(connection)
+
+    @property
+    def key(self) -> str:
+        """Names this incarnation in tables."""
+        return f"{self.name}/{self.incarnation}"
+
+    def check_alive(self) -> None:
+        """Raises: WorkerLostError if the worker is known to be gone."""
+        if not self.lost:
+            self.lost = self._why_lost(self) or ""
+        if self.lost:
+            raise WorkerLostError(f"worker {self.name} at {self.address} is lost: {self.lost}",
+                                  worker=self.name, address=self.address, incarnation=self.incarnation)
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """A greeted connection for one thread. It is closed, not reused, after any error."""
+        connection = self.borrow()
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        self.give_back(connection)
+
+    def borrow(self) -> Connection:
+        """A greeted connection; return it with give_back, or close it after an error."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            pass
+        connection = self._connect()
+        try:
+            welcome = greet(connection, *self._hello)
+        except BaseException:
+            connection.close()
+            raise
+        if welcome.incarnation != self.incarnation:
+            connection.close()
+            self.lost = f"it was restarted (incarnation {welcome.incarnation} now, {self.incarnation} before)"
+            self.check_alive()
+        return connection
+
+    def give_back(self, connection: Connection) -> None:
+        self._idle.append(connection)
+
+    def take_frees(self) -> tuple[tuple[int, int], ...]:
+        """What is to be freed there, at most a message's worth."""
+        if not self.frees:
+            return ()
+        taken = []
+        while self.frees and len(taken) < 10_000:
+            taken.append(self.frees.popleft())
+        return tuple(taken)
+
+    def tell(self, message: m.Message) -> None:
+        """Send a message that is not answered. Raises: WorkerLostError."""
+        with self.connection() as connection:
+            connection.send(message)
+
+    def ask(self, build: Callable[[int], m.Message], timeout_s: float) -> m.Message:
+        """Send a request and wait for the answer. Raises: what the worker reports, or WorkerError."""
+        with self.connection() as connection:
+            return connection.ask(build(connection.next_request()), time.monotonic() + timeout_s)
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _connect(self) -> Connection:
+        socket = self._context.socket(zmq.DEALER)
+        harden(socket, "client")
+        apply_client(socket, self._security, self.server_key)
+        socket.connect(self.address)
+        return Connection(socket, self.address, self.check_alive)

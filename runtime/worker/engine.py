@@ -1,0 +1,256 @@
+"""Loads programs and runs them, a slice of time at a go, so that clients share a worker fairly.
+
+The engine owns no sockets. What must leave before a run has ended (a large output, a value another worker waits
+for) is handed to `emit`, which the shell supplies.
+"""
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from genie_dynamo.core import messages as m
+from genie_dynamo.core import tensors
+from genie_dynamo.core.errors import WorkerMemoryError
+from genie_dynamo.core.fragment import decode
+from genie_dynamo.core.program import FragmentProgram, WorkerProgram
+from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
+from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
+from genie_dynamo.runtime.worker.compiled import CompiledFragment
+from genie_dynamo.runtime.worker.rng import Generator
+from genie_dynamo.runtime.worker.state import RunRecord
+
+STREAM_BYTES = 256 << 10
+"""Outputs from this size on leave as soon as they are final, while the run goes on."""
+
+Emit = Callable[[RunRecord, int, Any], bool]
+"""`emit(run, value id, value)`: returns whether the value has been sent to the client."""
+
+
+class LoadedFragment:
+    """A fragment ready to run: its flat plan, and Inductor's code where it was asked for and has come."""
+
+    def __init__(self, program: FragmentProgram, compiler: str, device: torch.device,
+                 namespaces: frozenset[str], wake: Callable[[], None]) -> None:
+        spec = decode(program.spec)
+        self.program = program
+        self.plan = FlatPlan(spec, device=device, extra_namespaces=namespaces)
+        self.compiled = None if compiler == "flat" else CompiledFragment(spec, compiler, device, wake)
+
+
+class FragmentRun:
+    """One fragment within one run."""
+
+    def __init__(self, fragment: LoadedFragment) -> None:
+        self.fragment = fragment
+        self.flat: FlatRun | None = None
+        self.generator: Generator | None = None
+
+
+class LoadedProgram:
+    """All fragments of a program, with what to do with each value that leaves one."""
+
+    def __init__(self, program: WorkerProgram, fragments: tuple[LoadedFragment, ...]) -> None:
+        self.program = program
+        self.fragments = fragments
+        self.return_index = {value: index for index, value in enumerate(program.returns)}
+        self.leaves_early = {value for value, _, _ in program.sends} | set(program.returns)
+
+
+class Engine:
+    """The worker's toolbox (see state.Toolbox) and its executor."""
+
+    def __init__(self, *, device: torch.device, num_threads: int, namespaces: frozenset[str] = frozenset(),
+                 wake: Callable[[], None] = lambda: None) -> None:
+        self.device = device
+        self.num_threads = num_threads
+        self.lane = ZmqFrames()
+        self._namespaces = namespaces
+        self._wake = wake
+        self._refused: dict[str, str] = {}
+
+    # -- toolbox ----------------------------------------------------------------------------------------------
+
+    def land(self, wire: Any, frames: Sequence[Any]) -> torch.Tensor:
+        return self.lane.land(wire, frames, self.device)
+
+    def stage(self, value: Any, frames: list[Any]) -> Any:
+        if isinstance(value, torch.Tensor):
+            return (m.INLINE, self.lane.stage(value, frames))
+        return value
+
+    def form(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return (tensors.DTYPE_CODE[value.dtype], tuple(value.shape), value.stride())
+        return value
+
+    def content_bytes(self, tensor: torch.Tensor) -> Any:
+        plain, _ = tensors.describe(tensor)
+        size_bytes = plain.numel() * plain.element_size()
+        return tensors.view_memory(plain, size_bytes) if size_bytes else b""
+
+    def size_bytes(self, tensor: Any) -> int:
+        return tensor.untyped_storage().nbytes() if isinstance(tensor, torch.Tensor) else 0
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "device": str(self.device), "threads": self.num_threads, "torch": str(torch.__version__),
+            "pid": os.getpid(), "memory_bytes": resident_set_bytes(), "cpu_seconds": time.process_time(),
+            "compiler_refusals": dict(self._refused),
+        }
+
+    def load(self, program: WorkerProgram) -> LoadedProgram:
+        fragments = tuple(
+            LoadedFragment(f, program.compiler, self.device, self._namespaces, self._wake) for f in program.fragments
+        )
+        return LoadedProgram(program, fragments)
+
+    # -- running ----------------------------------------------------------------------------------------------
+
+    def advance(self, run: RunRecord, until_s: float, emit: Emit) -> RunStatus:
+        """Run until everything is done, an input is missing, or the monotonic clock passes `until_s`.
+
+        Raises: whatever an op raises; torch's allocation failures as WorkerMemoryError.
+        """
+        started = time.perf_counter()
+        if run.state is None:
+            run.state = [FragmentRun(f) for f in run.loaded.fragments]
+            run.queue_s = time.monotonic() - run.received_s
+        try:
+            return self._advance(run, until_s, emit)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise _out_of_memory(error, run) from error
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error) or "out of memory" in str(error):
+                raise _out_of_memory(error, run) from error
+            raise
+        finally:
+            run.compute_s += time.perf_counter() - started
+
+    def _advance(self, run: RunRecord, until_s: float, emit: Emit) -> RunStatus:
+        blocked: list[FragmentRun] = []
+        remaining: list[FragmentRun] = run.state
+        for position, part in enumerate(remaining):
+            status = self._advance_fragment(run, part, until_s, emit)
+            if status is RunStatus.YIELDED:
+                run.state = blocked + remaining[position:]
+                return status
+            if status is RunStatus.WAITING:
+                blocked.append(part)
+        run.state = blocked
+        if not blocked:
+            return RunStatus.DONE
+        progressed = len(blocked) < len(remaining)
+        return self._advance(run, until_s, emit) if progressed and not run.pending else RunStatus.WAITING
+
+    def _advance_fragment(self, run: RunRecord, part: FragmentRun, until_s: float, emit: Emit) -> RunStatus:
+        program, env = part.fragment.program, run.env
+        if program.rng is not None and part.generator is None:
+            start = env.get(program.rng[0])
+            if start is None:
+                return RunStatus.WAITING
+            part.generator = Generator(start, self.device)
+        compiled = part.fragment.compiled
+        if part.flat is None and compiled is not None:
+            status = self._run_compiled(run, part, emit)
+            if status is not None:
+                return status
+        if part.flat is None:
+            part.flat = part.fragment.plan.start([env.get(value, MISSING) for value in program.inputs])
+        else:
+            _supply(part.flat, program, env)
+        on_output = self._on_output(run, program, emit)
+        with part.generator or nullcontext():
+            status = part.flat.resume(until_s, on_output)
+        if status is RunStatus.DONE:
+            self._publish_rng(run, part, emit)
+            outputs = part.flat.outputs
+            assert outputs is not None
+            for value_id, value in zip(program.outputs, outputs, strict=True):
+                env.setdefault(value_id, value)
+            if compiled is not None:
+                compiled.flat_took(part.flat.busy_s)
+        return status
+
+    def _run_compiled(self, run: RunRecord, part: FragmentRun, emit: Emit) -> RunStatus | None:
+        """Run Inductor's code where it is there and wanted; None where the flat plan should run."""
+        program, compiled = part.fragment.program, part.fragment.compiled
+        assert compiled is not None
+        inputs = [run.env.get(value, MISSING) for value in program.inputs]
+        if any(value is MISSING for value in inputs):
+            return RunStatus.WAITING
+        choice = compiled.choose(inputs)
+        if choice == "wait":
+            return RunStatus.WAITING
+        if choice == "flat":
+            if compiled.refusal:
+                self._refused[str(program.fragment_id)] = compiled.refusal
+            return None
+        with part.generator or nullcontext():
+            outputs = compiled.run(inputs)
+        self._publish_rng(run, part, emit)
+        on_output = self._on_output(run, program, emit)
+        for index, (value_id, value) in enumerate(zip(program.outputs, outputs, strict=True)):
+            if on_output is not None:
+                on_output(index, value)
+            run.env.setdefault(value_id, value)
+        return RunStatus.DONE
+
+    def _on_output(self, run: RunRecord, program: FragmentProgram, emit: Emit) -> Callable[[int, Any], None] | None:
+        early: set[int] = run.loaded.leaves_early
+        if not early:
+            return None
+        outputs, env = program.outputs, run.env
+
+        def on_output(index: int, value: Any) -> None:
+            value_id = outputs[index]
+            if value_id in early and value_id not in env:
+                env[value_id] = value
+                emit(run, value_id, value)
+
+        return on_output
+
+    def _publish_rng(self, run: RunRecord, part: FragmentRun, emit: Emit) -> None:
+        rng = part.fragment.program.rng
+        if rng is not None and part.generator is not None:
+            run.env[rng[1]] = state = part.generator.client_state()
+            if rng[1] in run.loaded.leaves_early:
+                emit(run, rng[1], state)
+
+    def results(self, run: RunRecord, sent: set[int]) -> tuple[tuple[tuple[int, Any], ...], tuple[Any, ...]]:
+        """`((return index, value) not sent yet, kept values)` of a run that is done."""
+        program, env = run.program, run.env
+        values = tuple((i, env[v]) for i, v in enumerate(program.returns) if v not in sent)
+        return values, tuple(env[v] for v in program.keeps)
+
+
+def _supply(flat: FlatRun, program: FragmentProgram, env: dict[int, Any]) -> None:
+    """Hand over the inputs that came since the run stopped."""
+    for index, value_id in enumerate(program.inputs):
+        if flat.is_missing(index) and value_id in env:
+            flat.supply(index, env[value_id])
+
+
+def _out_of_memory(error: BaseException, run: RunRecord) -> WorkerMemoryError:
+    resident = run.session.resident_bytes
+    return WorkerMemoryError(
+        f"out of memory on the worker: {error}; this session keeps {resident / 2**30:.2f} GiB resident there and the "
+        f"process uses {resident_set_bytes() / 2**30:.2f} GiB; use a smaller batch or another worker",
+        resident_bytes=resident,
+    )
+
+
+def resident_set_bytes() -> int:
+    """This process's resident set."""
+    try:
+        with open("/proc/self/statm") as statm:  # noqa: PTH123 - a hot path of get_stats
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+__all__ = ["Engine", "LoadedProgram", "resident_set_bytes"]

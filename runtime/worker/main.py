@@ -1,0 +1,154 @@
+"""Everything a worker process is: options, limits, sockets, heartbeat, lifeline, and the loop."""
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import resource
+import secrets
+import signal
+import sys
+from dataclasses import dataclass
+
+import torch
+import zmq
+
+from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::sdpa
+from genie_dynamo.core.errors import ConfigError
+from genie_dynamo.runtime.heartbeat import HeartbeatEcho
+from genie_dynamo.runtime.launcher import lifeline_watch, remove_socket_dir
+from genie_dynamo.runtime.security import Authenticator, Security, apply_client, apply_server, check_bind, harden
+from genie_dynamo.runtime.worker.engine import Engine
+from genie_dynamo.runtime.worker.shell import Shell
+from genie_dynamo.runtime.worker.state import WorkerState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """What `genie worker` was asked for."""
+
+    bind: str
+    device: str = "cpu"
+    num_threads: int | None = None
+    op_libraries: tuple[str, ...] = ()
+    keys: str | None = None                   # a directory of `genie keygen`: own key, and who is let in
+    allow_unauthenticated: bool = False
+    memory_limit_bytes: int | None = None     # default: the machine's physical memory
+    embedded: bool = False
+    lifeline_fd: int | None = None
+    ready_fd: int | None = None
+    log_level: str = "WARNING"
+
+
+def run_worker(options: WorkerOptions) -> None:
+    """Serve until the process is told to stop (SIGTERM, SIGINT, or the end of its lifeline).
+
+    Raises: ConfigError for an address, device, key or op library that cannot be used.
+    """
+    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    security = Security.for_server(options.keys) if options.keys else Security()
+    check_bind(options.bind, security, options.allow_unauthenticated)
+    device = _device(options.device)
+    num_threads = options.num_threads or os.cpu_count() or 1
+    torch.set_num_threads(num_threads)
+    _limit_memory(options.memory_limit_bytes)
+    namespaces = _import_op_libraries(options.op_libraries)
+    incarnation = secrets.token_hex(8)
+    context = zmq.Context()
+    authenticator = Authenticator(context, security) if security.is_server else None
+    socket = context.socket(zmq.ROUTER)
+    harden(socket, "server")
+    apply_server(socket, security)
+    _bind(socket, options.bind)
+    heartbeat = HeartbeatEcho(context, _beside(options.bind), security)
+    wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
+    engine = Engine(device=device, num_threads=num_threads, namespaces=namespaces,
+                    wake=lambda: os.eventfd_write(wake_fd, 1))
+    state = WorkerState(incarnation=incarnation, heartbeat_address=heartbeat.address, toolbox=engine)
+
+    def connect_peer(address: str, key: str) -> zmq.Socket[bytes]:
+        peer = context.socket(zmq.DEALER)
+        harden(peer, "client")
+        apply_client(peer, security, key.encode() or None)
+        peer.connect(address)
+        return peer
+
+    shell = Shell(socket, state, engine, wake_fd, connect_peer)
+    if options.lifeline_fd is not None:
+        lifeline_watch(options.lifeline_fd, lambda: _die(options.bind))
+    address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+    if options.ready_fd is not None:
+        os.write(options.ready_fd, f"ready {incarnation}\n".encode())
+        os.close(options.ready_fd)
+    elif not options.embedded:
+        print(f"genie worker {incarnation} at {address} on {device}, {num_threads} thread(s), "
+              f"{'keys required' if security.is_server else 'no keys'}; Ctrl-C stops it", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(shell, "stopping", True))
+    try:
+        shell.run_forever()
+    except KeyboardInterrupt:
+        log.info("interrupted")
+    finally:
+        shell.close()
+        socket.close(linger=0)
+        heartbeat.close()
+        if authenticator is not None:
+            authenticator.close()
+        os.close(wake_fd)
+        context.destroy(linger=0)
+
+
+def _die(bind: str) -> None:
+    """The client is gone: nothing of this process may outlive it."""
+    remove_socket_dir(bind)
+    os._exit(0)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _limit_memory(limit_bytes: int | None) -> None:
+    """Let an allocation beyond physical memory fail in the call that asks for it, not by the kernel's killer."""
+    limit = limit_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _import_op_libraries(modules: tuple[str, ...]) -> frozenset[str]:
+    """Import the modules that register ops; returns the op namespaces that they added."""
+    before = _op_namespaces()
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(f"op library {name!r} cannot be imported: {error}; sys.path is {sys.path}") from error
+    return frozenset(_op_namespaces() - before)
+
+
+def _op_namespaces() -> set[str]:
+    return {name.split("::")[0] for name in torch._C._dispatch_get_all_op_names()}
+
+
+def _bind(socket: zmq.Socket[bytes], address: str) -> None:
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as error:
+        raise ConfigError(f"cannot bind {address!r}: {error}; is another worker running there?") from error
+
+
+def _beside(address: str) -> str:
+    """Where the heartbeat answers: another socket of the same kind, on a port or path of its own."""
+    if address.startswith("ipc://"):
+        return address + ".hb"
+    host = address.removeprefix("tcp://").rpartition(":")[0]
+    return f"tcp://{host}:*"

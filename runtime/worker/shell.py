@@ -1,0 +1,184 @@
+"""Sockets and the loop of a worker: the only place where its state machine and engine meet the network.
+
+One thread does everything that needs Python. Messages are read between the slices of running work, so a small call
+of one client does not wait for the end of a long one of another. Heartbeats are answered elsewhere, in C.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import zmq
+
+from genie_dynamo.core import messages as m
+from genie_dynamo.core.errors import GenieError
+from genie_dynamo.core.wire import pack, unpack
+from genie_dynamo.runtime.flat import RunStatus
+from genie_dynamo.runtime.lanes.zmq_frames import send_parts
+from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine
+from genie_dynamo.runtime.worker.state import (
+    Abandon,
+    Command,
+    Execute,
+    Failed,
+    Finished,
+    Received,
+    Reply,
+    RunRecord,
+    Tick,
+    WorkerState,
+    failure,
+)
+
+log = logging.getLogger(__name__)
+
+SLICE_S = 0.010
+"""A run gives way to waiting messages after this long."""
+TICK_S = 1.0
+PEER_BACKLOG_MESSAGES = 1000
+
+
+class Shell:
+    """Drives one worker. `connect_peer(address, key)` opens the way to another worker."""
+
+    def __init__(self, socket: zmq.Socket[bytes], state: WorkerState, engine: Engine, wake_fd: int,
+                 connect_peer: Callable[[str, str], zmq.Socket[bytes]]) -> None:
+        self._socket = socket
+        self._state = state
+        self._engine = engine
+        self._wake_fd = wake_fd
+        self._connect_peer = connect_peer
+        self._peers: dict[str, zmq.Socket[bytes]] = {}
+        self._ready: deque[RunRecord] = deque()
+        self._waiting: set[RunRecord] = set()
+        self._sent: dict[RunRecord, set[int]] = {}
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(wake_fd, zmq.POLLIN)
+        self._next_tick_s = time.monotonic() + TICK_S
+        self.stopping = False
+
+    def run_forever(self) -> None:
+        """Serve until `stopping` is set and nothing is left to do."""
+        while not (self.stopping and not self._ready and not self._waiting):
+            self.step()
+
+    def step(self) -> None:
+        """Handle what has arrived, then one slice of work."""
+        if self._ready:
+            self._drain()
+            if self._ready:
+                self._advance(self._ready.popleft())
+        elif not self._receive():
+            self._wait()
+        now_s = time.monotonic()
+        if now_s >= self._next_tick_s:
+            self._next_tick_s = now_s + TICK_S
+            self._carry_out(self._state.handle(Tick(now_s)))
+
+    def _wait(self) -> None:
+        timeout_ms = max(0, int((self._next_tick_s - time.monotonic()) * 1000) + 1)
+        for ready, _ in self._poller.poll(timeout_ms):
+            if ready == self._wake_fd:
+                os.read(self._wake_fd, 8)
+                # Compiled code has come: whoever waited for it gets another look.
+                self._ready.extend(self._waiting)
+                self._waiting.clear()
+
+    def _drain(self) -> None:
+        while self._receive():
+            pass
+
+    def _receive(self) -> bool:
+        """Read and handle one message; False where none is waiting."""
+        socket = self._socket
+        try:
+            connection = socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        header = socket.recv() if socket.getsockopt(zmq.RCVMORE) else b""
+        frames: list[Any] = []
+        while socket.getsockopt(zmq.RCVMORE):
+            frames.append(socket.recv(copy=False))
+        try:
+            message = m.from_wire(unpack(header))
+        except GenieError as error:
+            log.warning("a peer sent bytes that are not a message: %s", error)
+            self._carry_out([Reply(connection, failure(0, error))])
+            return True
+        self._carry_out(self._state.handle(Received(connection, message, frames, time.monotonic())))
+        return True
+
+    def _carry_out(self, commands: Sequence[Command]) -> None:
+        for command in commands:
+            if type(command) is Reply:
+                self._reply(command.connection, command.message, command.frames)
+            elif type(command) is Execute:
+                run = command.run
+                self._waiting.discard(run)
+                if run not in self._ready:
+                    self._ready.append(run)
+            elif type(command) is Abandon:
+                self._drop(command.run)
+
+    def _drop(self, run: RunRecord) -> None:
+        self._waiting.discard(run)
+        self._sent.pop(run, None)
+        if run in self._ready:
+            self._ready.remove(run)
+
+    def _advance(self, run: RunRecord) -> None:
+        try:
+            status = self._engine.advance(run, time.monotonic() + SLICE_S, self._emit)
+        except Exception as error:
+            # An op of the user's model raised: the caller gets it, the worker lives on.
+            self._sent.pop(run, None)
+            self._carry_out(self._state.handle(Failed(run, error, time.monotonic())))
+            return
+        if run.abandoned:
+            self._drop(run)
+        elif status is RunStatus.DONE:
+            values, kept = self._engine.results(run, self._sent.pop(run, set()))
+            self._carry_out(self._state.handle(Finished(run, values, kept, time.monotonic())))
+        elif status is RunStatus.YIELDED:
+            self._ready.append(run)
+        else:
+            self._waiting.add(run)
+
+    def _emit(self, run: RunRecord, value_id: int, value: Any) -> bool:
+        for sent_id, address, key in run.program.sends:
+            if sent_id == value_id:
+                frames: list[Any] = []
+                staged = self._engine.stage(value, frames)
+                push = m.Push(run.session.token, run.message.call_id, value_id, staged)
+                self._peer(address, key, [pack(m.to_wire(push)), *frames])
+        index = run.loaded.return_index.get(value_id)
+        if index is None or self._engine.size_bytes(value) < STREAM_BYTES:
+            return False
+        frames = []
+        staged = self._engine.stage(value, frames)
+        self._reply(run.connection, m.Partial(run.message.request, ((index, staged),)), frames)
+        self._sent.setdefault(run, set()).add(value_id)
+        return True
+
+    def _reply(self, connection: bytes, message: m.Message, frames: Sequence[Any]) -> None:
+        try:
+            # The client may be gone, or so slow that its queue is full: it is dropped rather than waited for.
+            send_parts(self._socket, [connection, pack(m.to_wire(message)), *frames], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log.warning("reply to a client dropped (%s): %s", type(message).__name__, error)
+
+    def _peer(self, address: str, key: str, parts: list[Any]) -> None:
+        socket = self._peers.get(address)
+        if socket is None:
+            socket = self._peers[address] = self._connect_peer(address, key)
+        send_parts(socket, parts, zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Close the sockets this shell opened."""
+        for socket in self._peers.values():
+            socket.close(linger=0)
