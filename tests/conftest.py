@@ -1,0 +1,60 @@
+"""The suite's defaults: strict mode (a fallback is an error), one embedded worker per test process, warnings are errors
+where they are ours."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Before anything reads the configuration.
+os.environ.setdefault("GENIE_STRICT", "1")
+os.environ.setdefault("GENIE_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+pytest_plugins = ["tests.plugins.expected_skips"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fallback: this test may run graphs locally (strict mode is off in it)")
+    config.addinivalue_line("markers", "slow: only in `make test-long`")
+
+
+@pytest.fixture(autouse=True)
+def _strict_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("fallback"):
+        monkeypatch.setenv("GENIE_STRICT", "0")
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No compiled code of other tests before, none of this one after."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def session() -> Iterator[object]:
+    """The default session of this test process, with one worker of one thread; counters at zero."""
+    import genie_dynamo as genie
+
+    opened = genie.session()
+    genie.reset_stats()
+    yield opened
+
+
+@pytest.fixture
+def own_session() -> Iterator[object]:
+    """`own_session(workers=2, ...)` opens a default session of this test's own; it is closed at the end."""
+    import genie_dynamo as genie
+
+    yield genie.init
+    genie.shutdown()
+    from genie_dynamo import sessions
+
+    sessions._config = None

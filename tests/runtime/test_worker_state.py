@@ -1,0 +1,244 @@
+"""The worker's protocol, one failure order after another, without a network."""
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+
+from genie_dynamo.core import messages as m
+from genie_dynamo.core.program import FragmentProgram, WorkerProgram
+from genie_dynamo.runtime.worker.state import (
+    Abandon,
+    Command,
+    Execute,
+    Failed,
+    Finished,
+    Received,
+    Reply,
+    RunRecord,
+    Tick,
+    WorkerState,
+)
+
+TOKEN, OTHER = b"s" * 16, b"t" * 16
+
+
+class Blob:
+    """Stands for a tensor: weakly referable, with content."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+
+class Tools:
+    def land(self, wire: Any, frames: Any) -> Blob:
+        return Blob(wire[0])
+
+    def load(self, program: WorkerProgram) -> str:
+        return f"loaded {program.program_id}"
+
+    def content_bytes(self, tensor: Blob) -> bytes:
+        return tensor.content
+
+    def size_bytes(self, tensor: Any) -> int:
+        return len(tensor.content)
+
+    def form(self, value: Any) -> Any:
+        return ("form", len(value.content))
+
+    def stage(self, value: Any, frames: list[Any]) -> Any:
+        return (m.INLINE, (value.content,))
+
+    def facts(self) -> dict[str, Any]:
+        return {"device": "cpu"}
+
+
+class Worker:
+    """A state machine and a clock, with shorthands."""
+
+    def __init__(self) -> None:
+        self.state = WorkerState(incarnation="i1", heartbeat_address="hb", toolbox=Tools())
+        self.now_s = 0.0
+
+    def send(self, message: m.Message, connection: bytes = b"c") -> list[Command]:
+        return self.state.handle(Received(connection, message, (), self.now_s))
+
+    def hello(self, token: bytes = TOKEN, connection: bytes = b"c", lease_s: float = 10.0) -> list[Command]:
+        return self.send(m.Hello(m.PROTOCOL_VERSION, token, lease_s, {}), connection)
+
+    def load(self, **changes: Any) -> list[Command]:
+        fields: dict[str, Any] = {
+            "program_id": 1, "fragments": (FragmentProgram(fragment_id=0, spec=b"", inputs=(0,), outputs=(1,), rng=None),),
+            "inputs": (0,), "receives": (), "sends": (), "returns": (1,), "keeps": (),
+        }
+        return self.send(m.Load(1, WorkerProgram(**{**fields, **changes}).to_wire()))
+
+    def run(self, *arguments: Any, call_id: int = 9, **fields: Any) -> list[Command]:
+        return self.send(m.Run(5, 1, call_id, arguments, fields.get("keeps", ()), fields.get("incoming", ()),
+                               fields.get("frees", ())))
+
+
+@pytest.fixture
+def worker() -> Worker:
+    made = Worker()
+    made.hello()
+    made.load()
+    return made
+
+
+def inline(content: bytes) -> Any:
+    return (m.INLINE, (content,))
+
+
+def failure_of(commands: list[Command]) -> m.Failure:
+    (reply,) = [c for c in commands if isinstance(c, Reply)]
+    assert isinstance(reply.message, m.Failure), reply
+    return reply.message
+
+
+def run_of(commands: list[Command]) -> RunRecord:
+    (execute,) = commands
+    assert isinstance(execute, Execute)
+    return execute.run
+
+
+def test_a_run_with_inline_arguments_executes_and_answers(worker: Worker) -> None:
+    run = run_of(worker.run(inline(b"x")))
+    assert run.env[0].content == b"x"
+    (reply,) = worker.state.handle(Finished(run, ((0, Blob(b"y")),), (), 0.0))
+    assert isinstance(reply, Reply) and isinstance(reply.message, m.Result)
+    assert reply.message.values == ((0, (m.INLINE, (b"y",))),)
+
+
+def test_a_message_before_hello_is_told_that_the_connection_is_unknown() -> None:
+    assert failure_of(Worker().run(1)).kind == "StaleHandleError"
+
+
+def test_another_protocol_version_is_named_on_both_sides() -> None:
+    told = failure_of(Worker().send(m.Hello(99, TOKEN, 1.0, {})))
+    assert told.kind == "VersionMismatchError" and "99" in told.message and str(m.PROTOCOL_VERSION) in told.message
+
+
+def test_a_wrong_number_of_arguments_is_refused_and_the_worker_lives_on(worker: Worker) -> None:
+    assert failure_of(worker.run(1, 2)).kind == "ProtocolError"
+    assert run_of(worker.run(3)).env[0] == 3
+
+
+@pytest.mark.parametrize("argument", ["text", (7, 7, 7), (), (m.RESIDENT, 1), b"raw", (m.INLINE,)])
+def test_what_is_not_an_argument_is_a_protocol_error(worker: Worker, argument: Any) -> None:
+    assert failure_of(worker.run(argument)).kind == "ProtocolError"
+
+
+def test_a_resident_tensor_is_found_by_id_and_epoch_only(worker: Worker) -> None:
+    worker.send(m.Put(4, 2, (b"v2",), None))
+    assert run_of(worker.run((m.RESIDENT, 4, 2))).env[0].content == b"v2"
+    assert failure_of(worker.run((m.RESIDENT, 4, 1))).kind == "StaleHandleError"
+    assert failure_of(worker.run((m.RESIDENT, 4, 3))).kind == "StaleHandleError"
+
+
+def test_another_session_does_not_see_the_tensor(worker: Worker) -> None:
+    worker.send(m.Put(4, 0, (b"mine",), None))
+    worker.hello(OTHER, b"d")
+    assert failure_of(worker.send(m.Fetch(3, 4, 0), b"d")).kind == "StaleHandleError"
+
+
+def test_a_run_waits_for_a_put_that_was_announced(worker: Worker) -> None:
+    run = run_of(worker.run((m.RESIDENT, 4, 1), incoming=((4, 1),)))
+    assert 0 not in run.env
+    again = run_of(worker.send(m.Put(4, 1, (b"late",), None)))
+    assert again is run and run.env[0].content == b"late" and not run.pending
+
+
+def test_an_announced_put_with_a_wrong_digest_fails_the_run_that_waits(worker: Worker) -> None:
+    worker.run((m.RESIDENT, 4, 1), incoming=((4, 1),))
+    commands = worker.send(m.Put(4, 1, (b"tampered",), hashlib.sha256(b"original").digest()))
+    assert failure_of(commands).request == 5
+    assert failure_of(worker.run((m.RESIDENT, 4, 1))).kind == "ProtocolError"
+
+
+def test_content_is_adopted_by_digest_across_sessions(worker: Worker) -> None:
+    digest = hashlib.sha256(b"weights").digest()
+    worker.send(m.Put(4, 1, (b"weights",), digest))
+    worker.hello(OTHER, b"d")
+    (reply,) = worker.send(m.Have(8, (digest, b"?" * 32)), b"d")
+    assert isinstance(reply, Reply) and isinstance(reply.message, m.Done) and reply.message.info == (True, False)
+    assert worker.send(m.Adopt(70, 1, digest), b"d") == []
+    (reply,) = worker.send(m.Fetch(9, 70, 1), b"d")
+    assert isinstance(reply, Reply) and isinstance(reply.message, m.Result)
+
+
+def test_kept_values_are_stored_under_the_handles_of_the_call(worker: Worker) -> None:
+    worker.load(keeps=(1,), returns=())
+    run = run_of(worker.run(inline(b"x"), keeps=((30, 0),)))
+    (reply,) = worker.state.handle(Finished(run, (), (Blob(b"act"),), 0.0))
+    assert isinstance(reply, Reply) and isinstance(reply.message, m.Result)
+    assert reply.message.kept == (("form", 3),) and reply.message.resident_bytes == 3
+    worker.send(m.Free(((30, 0),)))
+    assert failure_of(worker.send(m.Fetch(1, 30, 0))).kind == "StaleHandleError"
+    assert worker.state.sessions[TOKEN].resident_bytes == 0
+
+
+def test_kept_values_come_back_where_the_client_wants_none_kept(worker: Worker) -> None:
+    worker.load(keeps=(1,), returns=())
+    run = run_of(worker.run(inline(b"x")))
+    (reply,) = worker.state.handle(Finished(run, (), (Blob(b"act"),), 0.0))
+    assert isinstance(reply, Reply) and isinstance(reply.message, m.Result)
+    assert reply.message.values == ((0, (m.INLINE, (b"act",))),) and reply.message.kept == ()
+
+
+def test_pushed_values_wait_for_their_run_and_runs_for_their_values(worker: Worker) -> None:
+    worker.load(inputs=(), receives=(0,))
+    worker.send(m.Push(TOKEN, 9, 0, inline(b"early")))
+    assert run_of(worker.run(call_id=9)).env[0].content == b"early"
+    run = run_of(worker.run(call_id=10))
+    assert run.awaited == {0}
+    assert run_of(worker.send(m.Push(TOKEN, 10, 0, inline(b"late")))) is run and not run.awaited
+
+
+def test_a_push_with_a_wrong_token_goes_nowhere(worker: Worker) -> None:
+    assert worker.send(m.Push(b"?" * 16, 9, 0, inline(b"x"))) == []
+    assert not worker.state.sessions[TOKEN].mailbox
+
+
+def test_cancel_abandons_the_run_and_drops_late_pushes(worker: Worker) -> None:
+    worker.load(inputs=(), receives=(0,))
+    run = run_of(worker.run(call_id=9))
+    (command,) = worker.send(m.Cancel(9))
+    assert isinstance(command, Abandon) and command.run is run and run.abandoned
+    assert worker.send(m.Push(TOKEN, 9, 0, inline(b"x"))) == []
+    assert worker.state.handle(Finished(run, (), (), 0.0)) == []
+
+
+def test_an_op_that_raises_is_told_by_its_type(worker: Worker) -> None:
+    run = run_of(worker.run(1))
+    told = failure_of(worker.state.handle(Failed(run, IndexError("index 7 is out of bounds"), 0.0)))
+    assert told.request == 5 and told.facts == {"exception": "IndexError"} and "index 7" in told.message
+
+
+def test_a_silent_session_expires_and_frees_what_it_held(worker: Worker) -> None:
+    worker.send(m.Put(4, 0, (b"x",), None))
+    worker.now_s = 9.0
+    worker.send(m.Ping())
+    assert worker.state.handle(Tick(18.0)) == [] and TOKEN in worker.state.sessions
+    worker.state.handle(Tick(19.5))
+    assert TOKEN not in worker.state.sessions
+    assert failure_of(worker.run(1)).kind == "StaleHandleError"
+
+
+def test_bye_frees_the_session_and_answers(worker: Worker) -> None:
+    run = run_of(worker.run(1))
+    commands = worker.send(m.Bye(3))
+    assert isinstance(commands[0], Abandon) and run.abandoned
+    assert isinstance(commands[1], Reply) and isinstance(commands[1].message, m.Done)
+    assert not worker.state.sessions
+
+
+def test_a_draining_worker_serves_old_sessions_and_refuses_new_ones(worker: Worker) -> None:
+    worker.state.draining = True
+    assert failure_of(worker.hello(OTHER, b"d")).kind == "WorkerBusyError"
+    assert run_of(worker.run(1))
+
+
+def test_a_message_for_clients_is_refused(worker: Worker) -> None:
+    assert failure_of(worker.send(m.Done(1, None))).kind == "ProtocolError"
