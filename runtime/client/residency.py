@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from genie_dynamo.core import tensors
 
@@ -218,7 +219,7 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
         table.optimizer_stepped(touched)
 
 
-torch.optim.optimizer.register_optimizer_step_post_hook(_after_optimizer_step)
+register_optimizer_step_post_hook(_after_optimizer_step)
 
 
 class Seen:
