@@ -47,7 +47,7 @@ def compile(target: Any = None, *, workers: int | str | Sequence[str] | None = N
         if target.__module__.split(".")[0] == "torch":
             raise ConfigError(f"genie.compile would change {target.__name__} for everybody: compile an instance, "
                               "or a subclass of your own")
-        target.forward = wrap(target.forward)  # type: ignore[method-assign]
+        target.forward = wrap(target.forward)
         return target
     if not callable(target):
         raise ConfigError(f"genie.compile takes a function, a method, a module or a module class, got {target!r:.80}")

@@ -71,7 +71,7 @@ def draws_random_numbers(node: fx.Node) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return torch.Tag.nondeterministic_seeded in target.tags
     if isinstance(target, torch._ops.HigherOrderOperator):
-        if "rng" in target.name():
+        if "rng" in target._name:
             return True
         root = node.graph.owning_module
         for argument in node.all_input_nodes:

@@ -54,7 +54,7 @@ class Security:
     def __post_init__(self) -> None:
         for name in ("server_public", "server_secret", "client_public", "client_secret"):
             key = getattr(self, name)
-            if key is not None and not _Z85_KEY.fullmatch(key):
+            if key is not None and not is_curve_key(key):
                 raise ConfigError(f"{name} is no CURVE key (40 characters of z85); `genie keygen` makes one")
         for side in ("server", "client"):
             if (getattr(self, f"{side}_public") is None) != (getattr(self, f"{side}_secret") is None):
@@ -81,6 +81,11 @@ class Security:
         path = Path(client_key)
         public, secret = load_key_pair(path / "client.key_secret" if path.is_dir() else path)
         return cls(client_public=public, client_secret=secret)
+
+
+def is_curve_key(text: bytes) -> bool:
+    """True for 40 characters of z85."""
+    return _Z85_KEY.fullmatch(text) is not None
 
 
 def generate_keys(directory: str | os.PathLike[str]) -> list[Path]:
@@ -117,7 +122,7 @@ def load_public_key(path: str | os.PathLike[str]) -> bytes:
         public, _ = load_certificate(path)
     except (OSError, ValueError) as exc:
         raise ConfigError(f"{path}: no CURVE key in it ({exc}); `genie keygen` makes one") from exc
-    if not _Z85_KEY.fullmatch(public):
+    if not is_curve_key(public):
         raise ConfigError(f"{path}: its public-key is not 40 characters of z85")
     return public
 

@@ -76,7 +76,7 @@ class Run(NamedTuple):
     program_id: int
     call_id: int
     arguments: tuple[Any, ...]               # aligned with program.inputs
-    keeps: tuple[tuple[int, int], ...]       # (tensor id, epoch) for program.keeps, in order; empty: return them instead
+    keeps: tuple[tuple[int, int], ...]       # (tensor id, epoch) for program.keeps, in order; empty: return them
     incoming: tuple[tuple[int, int], ...]    # (tensor id, epoch) that a Put on its way will bring
     frees: tuple[tuple[int, int], ...]       # (tensor id, epoch) no longer needed
 

@@ -141,7 +141,7 @@ class Problem:
 
 
 def find_problems(plan: Plan, node_inputs: dict[str, tuple[str, ...]] | None = None) -> list[Problem]:
-    """Every rule the plan breaks. With `node_inputs` (node -> names it reads) coverage and data flow are checked too."""
+    """Every rule the plan breaks. With `node_inputs` (node -> names it reads) coverage and flow are checked."""
     problems: list[Problem] = []
     available = {*plan.inputs, RNG_STATE}
     seen_nodes: set[str] = set()
@@ -151,7 +151,8 @@ def find_problems(plan: Plan, node_inputs: dict[str, tuple[str, ...]] | None = N
     for f in plan.fragments:
         if not 0 <= f.worker < plan.num_workers:
             problems.append(Problem(f.fragment_id, f"worker {f.worker} of {plan.num_workers} does not exist"))
-        problems += [Problem(f.fragment_id, f"input {v} is made later or never") for v in f.inputs if v not in available]
+        problems += [Problem(f.fragment_id, f"input {v} is made later or never")
+                     for v in f.inputs if v not in available]
         if f.rng_in and f.rng_in not in available:
             problems.append(Problem(f.fragment_id, f"generator state {f.rng_in} is made later or never"))
         inside = set(f.node_names)

@@ -127,5 +127,5 @@ def copy_in(tensor: torch.Tensor, data: bytes) -> None:
 def view_memory(tensor: torch.Tensor, size_bytes: int) -> Any:
     """A buffer object over the tensor's memory that keeps the tensor alive."""
     buffer = (ctypes.c_char * size_bytes).from_address(tensor.data_ptr())
-    buffer._owner = tensor
+    buffer._owner = tensor  # type: ignore[attr-defined]
     return buffer

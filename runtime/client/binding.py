@@ -74,7 +74,5 @@ def _load(session: Session, connection: Connection, link: WorkerLink, program: W
     session.telemetry.moved(link.name, sent={"control": sum(len(f.spec) for f in program.fragments)})
 
 
-def _text(key: Any) -> str:
-    if key is None:
-        return ""
-    return key.decode() if isinstance(key, bytes) else str(key)
+def _text(key: bytes | None) -> str:
+    return key.decode() if key is not None else ""

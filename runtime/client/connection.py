@@ -122,7 +122,7 @@ def _remote_type(name: str) -> type[RemoteExecutionError]:
     if name == "LinAlgError":
         import torch
 
-        base: type[Exception] = torch.linalg.LinAlgError
+        base: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
     elif name in _SAME_TYPE:
         base = _SAME_TYPE[name]
     else:

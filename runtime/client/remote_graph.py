@@ -8,6 +8,7 @@ answered, so it can be repeated elsewhere when one of them is lost.
 from __future__ import annotations
 
 import logging
+import random
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from genie_dynamo.runtime.client.uploads import (
     send_put,
     unclaim,
 )
+from genie_dynamo.runtime.client.verify import compare, run_reference
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 
@@ -98,6 +100,18 @@ class RemoteGraph:
         if part is None:
             part = self._per_session[session] = SessionPart(session)
             weakref.finalize(self, _drop_programs, weakref.ref(session), part.bindings)
+        if self._config.verify and random.random() < self._config.verify:
+            return self._verified(session, part, values, started_s)
+        return self._call(session, part, values, started_s)
+
+    def _verified(self, session: Session, part: SessionPart, args: list[Any], started_s: float) -> tuple[Any, ...]:
+        expected = run_reference(self._run_local, materialize(args, self._get_session))
+        outputs = self._call(session, part, args, started_s)
+        compare(self.plan, self.info.label, outputs, expected)
+        session.telemetry.event("call verified")
+        return outputs
+
+    def _call(self, session: Session, part: SessionPart, values: list[Any], started_s: float) -> tuple[Any, ...]:
         try:
             return self._attempt(session, part, values, started_s)
         except StaleHandleError:
@@ -419,7 +433,8 @@ class RemoteGraph:
                 part.connection.send(m.Cancel(call_id))
             part.connection.close(linger_ms=200)
 
-    def _after_loss(self, session: Session, part: SessionPart, args: list[Any], error: WorkerLostError) -> tuple[Any, ...]:
+    def _after_loss(self, session: Session, part: SessionPart, args: list[Any],
+                    error: WorkerLostError) -> tuple[Any, ...]:
         for link in session.links:
             if link.lost:
                 session.lost(link)

@@ -207,7 +207,7 @@ class Session:
             lease_s=0.0 if embedded is not None else self.config.session_lease_s,
             timeout_s=timeout_s or self.config.connect_timeout_s, why_lost=self._why_lost)
         alive = (lambda: embedded.alive) if embedded is not None else None
-        self.monitor.add(link.key, link.welcome.heartbeat_address, self._security, link.incarnation,
+        self.monitor.add(link.key, _heartbeat_address(link), self._security, link.incarnation,
                          server_public=server_key, is_alive=alive)
         return link
 
@@ -256,6 +256,15 @@ def _housekeeping(session_ref: weakref.ref[Session], stop: threading.Event) -> N
             if not session.closed:
                 log.warning("housekeeping: %s", error)
         del session
+
+
+def _heartbeat_address(link: WorkerLink) -> str:
+    """Where the worker's heartbeat is for us: its port, at the host under which we reach the worker."""
+    told = link.welcome.heartbeat_address
+    if not told.startswith("tcp://"):
+        return told
+    host = link.address.removeprefix("tcp://").rpartition(":")[0]
+    return f"tcp://{host}:{told.rpartition(':')[2]}"
 
 
 def _empty_row() -> dict[str, Any]:

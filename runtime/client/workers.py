@@ -19,7 +19,7 @@ from genie_dynamo.runtime.security import Security, apply_client, harden
 class WorkerLink:
     """One incarnation of a worker as its client sees it. A restarted worker gets a new link."""
 
-    def __init__(self, *, name: str, address: str, server_key: str | None, embedded: EmbeddedWorker | None,
+    def __init__(self, *, name: str, address: str, server_key: bytes | None, embedded: EmbeddedWorker | None,
                  context: zmq.Context[Any], security: Security, token: bytes, lease_s: float, timeout_s: float,
                  why_lost: Callable[[WorkerLink], str | None]) -> None:
         self.name = name
@@ -94,7 +94,7 @@ class WorkerLink:
         """What is to be freed there, at most a message's worth."""
         if not self.frees:
             return ()
-        taken = []
+        taken: list[tuple[int, int]] = []
         while self.frees and len(taken) < 10_000:
             taken.append(self.frees.popleft())
         return tuple(taken)

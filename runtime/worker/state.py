@@ -262,7 +262,7 @@ class WorkerState:
         tensor = self._contents.get(message.digest)
         key = (message.tensor_id, message.epoch)
         if tensor is None:
-            gone = StaleHandleError(f"content {message.digest.hex()[:16]} was freed before it could be adopted; send it")
+            gone = StaleHandleError(f"content {message.digest.hex()[:16]} was freed before it could be adopted")
             return self._put_failed(session, event.connection, key, gone)
         return self._store(session, key, tensor)
 
@@ -414,7 +414,8 @@ class WorkerState:
         self._forget(run)
         if run.abandoned:
             return []
-        session, message, frames = run.session, run.message, []
+        session, message = run.session, run.message
+        frames: list[Any] = []
         for key, value in zip(message.keeps, event.kept, strict=False):
             self._keep(session, key, value)
         forms = tuple(self._tools.form(value) for value in event.kept) if message.keeps else ()
@@ -440,7 +441,8 @@ class WorkerState:
                 del run.session.runs[run.message.call_id]
 
     def _tick(self, now_s: float) -> list[Command]:
-        late = [s for s in self.sessions.values() if s.lease_s > 0 and now_s - s.last_heard_s > s.lease_s and not s.runs]
+        late = [s for s in self.sessions.values()
+                if s.lease_s > 0 and now_s - s.last_heard_s > s.lease_s and not s.runs]
         return [command for session in late for command in self._end(session)]
 
     def _end(self, session: SessionState) -> list[Command]:
