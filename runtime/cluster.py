@@ -36,7 +36,7 @@ _OPTION_FIELDS = tuple(name for name in OPTIONS if name not in ("workers", "clus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSpec:
+class WorkerAddress:
     """One running worker."""
 
     address: str                        # tcp://HOST:PORT or ipc://PATH
@@ -48,7 +48,7 @@ class WorkerSpec:
 class ClusterSpec:
     """Running workers, and what this client shows them."""
 
-    workers: tuple[WorkerSpec, ...]
+    workers: tuple[WorkerAddress, ...]
     security: Security = field(default_factory=Security)
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -82,6 +82,31 @@ def load_cluster(path: str | os.PathLike[str]) -> ClusterSpec:
     return _cluster(data, _Place(str(file), file.parent, node))
 
 
+def connect_spec(config: Config) -> tuple[tuple[WorkerAddress, ...], Security]:
+    """The running workers that a configuration names, and the keys for them; none where it starts its own.
+
+    Raises: ConfigError.
+    """
+    if config.cluster is not None:
+        spec = load_cluster(config.cluster)
+    elif isinstance(config.workers, tuple):
+        spec = parse_workers(config.workers)
+    else:
+        return (), Security()
+    return spec.workers, spec.security
+
+
+def build_config(**overrides: Any) -> Config:
+    """`Config.build` that also reads the options in the cluster file: argument > environment > file > default.
+
+    Raises: ConfigError.
+    """
+    config = Config.build(**overrides)
+    if config.cluster is None:
+        return config
+    return Config.build(load_cluster(config.cluster).options, **overrides)
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where a value stands, for messages: the file, the folder that paths are relative to, the YAML node."""
@@ -103,7 +128,8 @@ class _Place:
 
 def _child(node: yaml.Node | None, key: str | int) -> yaml.Node | None:
     if isinstance(node, yaml.SequenceNode) and isinstance(key, int):
-        return node.value[key]  # type: ignore[no-any-return]
+        child: yaml.Node = node.value[key]
+        return child
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             if key_node.value == key:
@@ -131,7 +157,7 @@ def _cluster(data: Any, place: _Place) -> ClusterSpec:
         raise place.error(str(exc)) from exc
 
 
-def _worker(entry: Any, index: int, place: _Place) -> WorkerSpec:
+def _worker(entry: Any, index: int, place: _Place) -> WorkerAddress:
     if isinstance(entry, str):
         entry = {"address": entry}
     fields = _mapping(entry, _WORKER_FIELDS, place)
@@ -143,7 +169,7 @@ def _worker(entry: Any, index: int, place: _Place) -> WorkerSpec:
     name = _text(fields["name"], place.into("name")) if "name" in fields else f"w{index}"
     key = fields.get("server_key")
     server_key = None if key is None else _public_key(_text(key, place.into("server_key")), place.into("server_key"))
-    return WorkerSpec(address=address, name=name, server_key=server_key)
+    return WorkerAddress(address=address, name=name, server_key=server_key)
 
 
 def _public_key(text: str, place: _Place) -> bytes:

@@ -253,8 +253,8 @@ class Config:
                 option="workers")
 
     @classmethod
-    def build(cls, **overrides: Any) -> Self:
-        """Arguments over the environment over defaults.
+    def build(cls, file_options: Mapping[str, Any] | None = None, /, **overrides: Any) -> Self:
+        """Arguments over the environment over a file's options over defaults.
 
         `workers` and `cluster` say the same thing: an argument for one hides the environment's other.
         Raises: ConfigError.
@@ -264,7 +264,7 @@ class Config:
         for one, other in (("workers", "cluster"), ("cluster", "workers")):
             if overrides.get(one) is not None:
                 values.pop(other, None)
-        return cls(**(values | overrides))
+        return cls(**(dict(file_options or {}) | values | overrides))
 
     def override(self, **overrides: Any) -> Self:
         """This configuration with other values; the environment is not read again. Raises: ConfigError."""
