@@ -14,22 +14,20 @@ from nbclient import NotebookClient
 TIMEOUT_S = 600
 
 
-def execute(source: Path, target: Path | None = None, *, environment: dict[str, str] | None = None) -> Any:
+def execute(source: Path, target: Path | None = None, *, parameters: dict[str, Any] | None = None) -> Any:
     """Run every cell in a fresh kernel, in the notebook's folder.
 
-    Args:    target: where to write the result; None: nowhere.  environment: variables added to the kernel's.
+    Args:    target: where to write the result; None: nowhere.
+             parameters: names set after the cell tagged "parameters".
     Returns: the executed notebook.
     Raises:  nbclient.exceptions.CellExecutionError with the traceback of the cell that failed.
     """
     notebook = nbformat.read(source, as_version=4)
-    client = NotebookClient(notebook, timeout=TIMEOUT_S, kernel_name="python3",
-                            resources={"metadata": {"path": str(source.parent)}})
-    if environment is None:
-        client.execute()
-    else:
-        import os
-
-        client.execute(env=os.environ | environment)
+    if parameters:
+        cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+        cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    NotebookClient(notebook, timeout=TIMEOUT_S, kernel_name="python3",
+                   resources={"metadata": {"path": str(source.parent)}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)   # times of day: a diff in every run
         _tidy_outputs(cell)
