@@ -11,7 +11,7 @@ from typing import Any
 from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import SessionClosedError
 from genie_dynamo.runtime.client.session import Session
-from genie_dynamo.runtime.cluster import connect_spec
+from genie_dynamo.runtime.cluster import build_config, connect_spec
 
 _lock = threading.RLock()
 _default: Session | None = None
@@ -34,7 +34,7 @@ def init(workers: int | str | Sequence[str] | None = None, *, cluster: str | os.
     if isinstance(workers, str):
         workers = [workers]
     given = {k: v for k, v in {"workers": workers, "cluster": cluster}.items() if v is not None}
-    config = config.override(**given, **options) if config is not None else Config.build(**given, **options)
+    config = config.override(**given, **options) if config is not None else build_config(**given, **options)
     with _lock:
         shutdown()
         logging.getLogger("genie_dynamo").setLevel(config.log_level)

@@ -87,6 +87,12 @@ def value_ids(plan: Plan) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
+def static_updates(plan: Plan, made: set[str]) -> list[tuple[int, str]]:
+    """(input position, value) of the parameters and buffers whose new content is among `made`."""
+    static = set(plan.static_inputs)
+    return [(index, name) for index, name in plan.mutations if index in static and name in made]
+
+
 def _wants(fragment: Fragment) -> tuple[str, ...]:
     return (*fragment.inputs, fragment.rng_in) if fragment.rng_in else fragment.inputs
 
@@ -109,9 +115,6 @@ def worker_programs(
     Returns: worker index -> program, for the workers that have a fragment.
     """
     ids = value_ids(plan)
-    mutated = {name for _, name in plan.mutations}
-    static = {plan.inputs[i] for i in plan.static_inputs}
-    kept_mutations = {name for i, name in plan.mutations if plan.inputs[i] in static} & mutated
     programs: dict[int, WorkerProgram] = {}
     kept: set[str] = set()
     for worker in sorted({f.worker for f in plan.fragments}):
@@ -127,8 +130,10 @@ def worker_programs(
         ]
         # An input may be saved for the backward too: the first worker that gets it keeps it.
         here = made | {*from_client}
-        keeps = [v for v in dict.fromkeys((*plan.saved_values(), *sorted(kept_mutations))) if v in here - kept]
+        keeps = [v for v in plan.saved_values() if v in here - kept]
         kept.update(keeps)
+        # A value may be both saved and the new content of a buffer: it is kept under two handles then.
+        keeps += [name for _, name in static_updates(plan, here)]
         programs[worker] = WorkerProgram(
             program_id=program_id,
             fragments=tuple(

@@ -7,7 +7,7 @@ from typing import Any
 
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.plan import RNG_STATE, Plan
-from genie_dynamo.core.program import WorkerProgram, value_ids, worker_programs
+from genie_dynamo.core.program import WorkerProgram, static_updates, value_ids, worker_programs
 from genie_dynamo.runtime.client.connection import Connection
 from genie_dynamo.runtime.client.residency import Seen
 from genie_dynamo.runtime.client.session import Session
@@ -27,11 +27,10 @@ class BoundProgram:
             RNG_ARGUMENT if names[v] == RNG_STATE else index_of[names[v]] for v in program.inputs)
         self.return_names = tuple(names[v] for v in program.returns)
         self.keep_names = tuple(names[v] for v in program.keeps)
-        saved = set(plan.saved_values())
-        static = set(plan.static_inputs)
-        updates = {name: i for i, name in plan.mutations if i in static}
-        self.keep_updates = tuple(None if name in saved else updates.get(name) for name in self.keep_names)
-        """Per kept value: the position of the parameter or buffer that it becomes, or None for an activation."""
+        updates = [position for position, _ in static_updates(plan, {*self.keep_names})]
+        self.num_saved = len(self.keep_names) - len(updates)
+        self.keep_updates = dict(enumerate(updates, self.num_saved))
+        """Index of a kept value -> position of the parameter or buffer that it becomes. The others are activations."""
         self.num_fragments = len(program.fragments)
         self.cached: tuple[Seen | None, list[Any]] = (None, [None] * len(self.arguments))
         """References to resident parameters, by argument, and the look at them for which they hold."""

@@ -55,6 +55,10 @@ class Part(NamedTuple):
     sent: dict[str, int]
 
 
+Kept = tuple[Part, int, Any]
+"""A value that stayed on a worker: whose it is, its index among the kept, and its form."""
+
+
 class GraphInfo(NamedTuple):
     """What the backend knows about a graph beyond its plan."""
 
@@ -72,10 +76,9 @@ class RemoteGraph:
         run_local: runs the same graph here (for on_worker_loss="local").
     """
 
-    _boxed_call = True
-
     def __init__(self, plan: Plan, specs: dict[int, bytes], info: GraphInfo, config: Config,
                  get_session: Callable[[], Session], run_local: Callable[[list[Any]], Any]) -> None:
+        self._boxed_call = True        # on the instance: torch's wrappers copy its __dict__, not its class
         self.plan = plan
         self.info = info
         self._specs = specs
@@ -281,7 +284,7 @@ class RemoteGraph:
 
     def _keeps(self, session: Session, bound: BoundProgram) -> tuple[tuple[int, int], ...]:
         """Handles for what stays: new ids for activations, new epochs for updated parameters and buffers."""
-        return tuple((session.next_id(), 0 if update is None else 1) for update in bound.keep_updates)
+        return tuple((session.next_id(), 1 if i in bound.keep_updates else 0) for i in range(len(bound.keep_names)))
 
     # -- answers ----------------------------------------------------------------------------------------------
 
@@ -347,27 +350,30 @@ class RemoteGraph:
     def _finish(self, session: Session, part: SessionPart, binding: Binding, parts: Sequence[Part],
                 state: CallState, args: list[Any], seen: Seen | None, keep: bool) -> tuple[Any, ...]:
         named: dict[str, Any] = {}
-        kept: dict[str, tuple[Part, int, Any]] = {}
+        kept: dict[str, Kept] = {}
+        updates: dict[int, Kept] = {}
         for worker, p in zip(binding.programs, parts, strict=True):
             values, bound = state.values[worker], p.bound
             for index, name in enumerate(bound.return_names):
                 named[name] = values[index]
             for index, name in enumerate(bound.keep_names):
-                if keep:
+                if keep and index in bound.keep_updates:
+                    updates[bound.keep_updates[index]] = (p, index, state.results[worker].kept[index])
+                elif keep:
                     kept[name] = (p, index, state.results[worker].kept[index])
                 else:
                     named.setdefault(name, values[len(bound.return_names) + index])
             if p.needs.incoming and seen is not None:
                 acknowledge(session.residency, bound.link, seen.entries, p.needs.incoming)
         if self.plan.mutations:
-            self._commit(session, part, args, named, kept, seen)
+            self._commit(session, part, args, named, updates, seen)
         if self._final_rng is not None:
             torch.set_rng_state(named[self._final_rng])
         placeholders: dict[str, torch.Tensor] = {}
         return tuple([self._output(session, o, args, named, kept, placeholders) for o in self.plan.outputs])
 
     def _output(self, session: Session, output: Any, args: list[Any], named: dict[str, Any],
-                kept: dict[str, tuple[Part, int, Any]], placeholders: dict[str, torch.Tensor]) -> Any:
+                kept: dict[str, Kept], placeholders: dict[str, torch.Tensor]) -> Any:
         kind = output.kind
         if kind == "value":
             return named[output.name]
@@ -387,7 +393,7 @@ class RemoteGraph:
         return output.literal
 
     def _commit(self, session: Session, part: SessionPart, args: list[Any], named: dict[str, Any],
-                kept: dict[str, tuple[Part, int, Any]], seen: Seen | None) -> None:
+                updates: dict[int, Kept], seen: Seen | None) -> None:
         """The call has succeeded on all workers: now, and only now, the caller's tensors change."""
         with torch.no_grad():
             for index, name in self.plan.mutations:
@@ -397,13 +403,13 @@ class RemoteGraph:
             return
         place = {p: i for i, p in enumerate(part.statics.positions)}
         changed: list[int] = []
-        for index, name in self.plan.mutations:
+        for index, _ in self.plan.mutations:
             if index not in place:
                 continue
             entry: Entry = seen.entries[place[index]]
             changed.append(place[index])
-            if name in kept:
-                p, at, form = kept[name]
+            if index in updates:
+                p, at, form = updates[index]
                 self._adopt_update(session, entry, args[index], p.bound.link, p.keeps[at], form)
         part.statics.expect_after_commit(args, seen, changed)
 

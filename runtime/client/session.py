@@ -199,7 +199,7 @@ class Session:
             count, num_threads=self.config.num_threads, op_libraries=self.op_libraries,
             connect_timeout_s=self.config.connect_timeout_s, log_level=self.config.log_level)
 
-    def _link(self, name: str, address: str, server_key: Any, embedded: EmbeddedWorker | None,
+    def _link(self, name: str, address: str, server_key: bytes | None, embedded: EmbeddedWorker | None,
               timeout_s: float | None = None) -> WorkerLink:
         link = WorkerLink(
             name=name, address=address, server_key=server_key, embedded=embedded, context=self._context,
