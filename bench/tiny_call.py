@@ -1,0 +1,75 @@
+"""The smallest remote call: 1 KB in, one op, 1 KB out.
+
+Floor: a bare pyzmq DEALER/ROUTER echo of 1 KB with a process over the same kind of transport. What is left is
+what the client (guards, argument check, message) and the worker (message, run, message) add.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from bench.harness import Case, Settings, Side, Step, measure, ratio_target
+
+LIMIT_OVER_FLOOR = 1.6
+
+
+def _step(run: Callable[[Any], Any], params: Mapping[str, Any], **more: Any) -> Step:
+    from bench import workloads
+
+    x = workloads.tiny_input()
+    for _ in range(3):
+        run(x)
+    # The input is written before each call, so that no side can answer from what it has seen.
+    return Step(call=lambda: run(x), prepare=lambda: x.add_(1),
+                checksum=lambda: workloads.fingerprint(run(workloads.tiny_input())), **more)
+
+
+def genie(params: Mapping[str, Any]) -> Step:
+    from bench import workloads
+
+    remote = workloads.remote(params)
+    return _step(remote.compile(workloads.tiny), params, facts=remote.counters, close=remote.close)
+
+
+def local(params: Mapping[str, Any]) -> Step:
+    from bench import workloads
+
+    return _step(workloads.local(workloads.tiny, params["how"]), params)
+
+
+def pyzmq(params: Mapping[str, Any]) -> Step:
+    from bench.echo import Peer
+
+    peer, payload = Peer("echo", params["transport"]), bytes(1024)
+    send, recv = peer.socket.send, peer.socket.recv
+
+    def call() -> None:
+        send(payload)
+        recv()
+
+    call()
+    return Step(call=call, close=peer.close)
+
+
+SIDES = {"genie": genie, "local": local, "pyzmq": pyzmq}
+
+
+def run(settings: Settings) -> Iterator[Case]:
+    transports = ("ipc",) if settings.quick else ("ipc", "tcp")
+    for threads, pinned in settings.placements():
+        common = {"backend": settings.backend, "threads": threads}
+        sides = [Side(module=__name__, factory="local", name=f"local {how}", process="local", params={"how": how})
+                 for how in ("eager", "empty")]
+        for kind in transports:
+            params = {**common, "transport": kind}
+            sides += [Side(module=__name__, factory="pyzmq", name=f"pyzmq {kind}", params=params),
+                      Side(module=__name__, factory="genie", name=f"genie {kind}", params=params)]
+        seen = measure(settings, sides, blocks=1 if settings.quick else 4, samples=50 if settings.quick else 250,
+                       settle=20, threads=threads, pinned=pinned)
+        ratios, targets = [], []
+        for kind in transports:
+            over_floor = seen.ratio(f"genie {kind}", f"pyzmq {kind}")
+            ratios += [over_floor] + [seen.ratio(f"genie {kind}", f"local {how}") for how in ("empty", "eager")]
+            targets.append(ratio_target(f"tiny call over the pyzmq floor ({kind})", over_floor, LIMIT_OVER_FLOOR))
+        yield Case(bench="tiny_call", title="1 KB in, one op, 1 KB out", threads=threads, pinned=pinned,
+                   series=seen.series, ratios=tuple(ratios), targets=tuple(targets), per_call=seen.per_call)
