@@ -27,7 +27,7 @@ from genie_dynamo.core.plan import GuardFacts
 from genie_dynamo.passes.facts import read_facts, read_guards
 from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
 from genie_dynamo.passes.pipeline import run_pipeline
-from genie_dynamo.passes.planning import plan_graph
+from genie_dynamo.passes.planning import Assign, plan_graph
 from genie_dynamo.runtime.client.remote_graph import GraphInfo, RemoteGraph, materialize
 
 log = logging.getLogger(__name__)
@@ -61,15 +61,20 @@ def genie(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> C
     return compiled
 
 
-def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Config) -> Callable[[list[Any]], Any]:
-    """One ATen graph as a boxed callable: remote where it can be shipped, else local."""
+def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Config, *,
+                 assign: Assign | None = None, num_workers: int = 1) -> Callable[[list[Any]], Any]:
+    """One ATen graph as a boxed callable: remote where it can be shipped, else local.
+
+    Args:   assign, num_workers: a placement made by hand, as for plan_graph; by default all goes to one worker.
+    Raises: UnsupportedGraphError in strict mode.
+    """
     label = f"{kind} graph {next(_numbers)}"
     local = _boxed(gm, kind)
     facts = read_facts(gm, kind)
     reasons = unsupported_reasons(gm)
     if not reasons:
         try:
-            plan = plan_graph(gm, facts, guards)
+            plan = plan_graph(gm, facts, guards, assign=assign, num_workers=num_workers)
             specs = {
                 f.fragment_id: encode(lower_fragment(gm, node_names=f.node_names, inputs=f.inputs, outputs=f.outputs))
                 for f in plan.fragments

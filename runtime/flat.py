@@ -47,7 +47,8 @@ class FlatPlan:
     Raises: UnsupportedGraphError where an op may not or cannot run here.
     """
 
-    def __init__(self, spec: GraphSpec, *, device: torch.device, extra_namespaces: frozenset[str] = frozenset()) -> None:
+    def __init__(self, spec: GraphSpec, *, device: torch.device,
+                 extra_namespaces: frozenset[str] = frozenset()) -> None:
         self.spec = spec
         self.device = device
         self.num_inputs = spec.num_inputs

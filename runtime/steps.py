@@ -151,7 +151,30 @@ def check_device(function: Callable[..., Any], target: str, device: torch.device
         return
     key = torch._C._dispatch_key_for_device(device.type)
     if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(function.name(), key):
-        raise UnsupportedGraphError(f"op {target} has no kernel for {device.type}, the device of this worker", op=target)
+        raise UnsupportedGraphError(
+            f"op {target} has no kernel for {device.type}, the device of this worker", op=target
+        )
+
+
+def _cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any = ()) -> Any:
+    return true_fn(*operands) if pred else false_fn(*operands)
+
+
+def _invoke_subgraph(subgraph: Callable[..., Any], _identifier: str | None, *operands: Any) -> Any:
+    return subgraph(*operands)
+
+
+def _invoke_quant(subgraph: Callable[..., Any], *operands: Any, **_options: Any) -> Any:
+    return subgraph(*operands)
+
+
+_SHORTCUTS: dict[str, Callable[..., Any]] = {
+    "higher_order::cond": _cond,
+    "higher_order::invoke_subgraph": _invoke_subgraph,
+    "higher_order::invoke_quant": _invoke_quant,
+    "higher_order::invoke_quant_packed": _invoke_quant,
+}
+"""Higher-order ops that mean a plain call. Their own dispatch costs tens of microseconds and insists on GraphModules."""
 
 
 def clear_step(dead: tuple[int, ...]) -> Step:
@@ -174,7 +197,7 @@ def clear_step(dead: tuple[int, ...]) -> Step:
 def make_step(function: Callable[..., Any], node: NodeSpec, registers: list[int], out: int,
               literals: Literals) -> Step:
     """The step of one node: read arguments from registers, call, put the result into register `out`."""
-    call = function._op if isinstance(function, OpOverload) else function
+    call = function._op if isinstance(function, OpOverload) else _SHORTCUTS.get(node.target, function)
     if function is getitem and isinstance(node.args[0], Value) and type(node.args[1]) is int:
         return _getitem_step(registers[node.args[0].index], node.args[1], out)
     if any(references(value) for value in node.kwargs.values()):

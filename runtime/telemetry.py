@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 REASONS = ("weights", "inputs", "outputs", "state", "gradients", "control")
 
@@ -39,6 +40,22 @@ class _Counters:
         }
 
 
+class Share(NamedTuple):
+    """What one worker had to do with a call."""
+
+    worker: str
+    num_fragments: int
+    compute_s: float
+    sent: dict[str, int]
+    received: dict[str, int]
+
+
+def _add(seconds: dict[str, float], dispatch_s: float, wait_s: float, transfer_s: float) -> None:
+    seconds["dispatch"] += dispatch_s
+    seconds["wait"] += wait_s
+    seconds["transfer"] += transfer_s
+
+
 class Telemetry:
     """Thread-safe counters; see the module's docstring for what each means."""
 
@@ -63,25 +80,25 @@ class Telemetry:
                 for reason, size in (received or {}).items():
                     counters.received[reason] += size
 
-    def call(self, workers: dict[str, tuple[int, float]], *, dispatch_s: float, wait_s: float, queue_s: float) -> None:
-        """Count a finished call: worker -> (fragments run, compute seconds)."""
-        compute_s = max((seconds for _, seconds in workers.values()), default=0.0)
+    def call(self, shares: Sequence[Share], *, dispatch_s: float, wait_s: float, queue_s: float) -> None:
+        """Count a finished call."""
+        compute_s = max(share.compute_s for share in shares)
         transfer_s = max(0.0, wait_s - compute_s - queue_s)
+        total = self._total
         with self._lock:
-            self._total.calls += 1
-            for name, (fragments, seconds) in workers.items():
-                mine = self._of(name)
+            total.calls += 1
+            for share in shares:
+                mine = self._of(share.worker)
                 mine.calls += 1
-                mine.fragment_runs += fragments
-                mine.seconds["compute"] += seconds
-                mine.seconds["wait"] += wait_s
-                mine.seconds["transfer"] += transfer_s
-                mine.seconds["dispatch"] += dispatch_s
-                self._total.fragment_runs += fragments
-                self._total.seconds["compute"] += seconds
-            self._total.seconds["dispatch"] += dispatch_s
-            self._total.seconds["wait"] += wait_s
-            self._total.seconds["transfer"] += transfer_s
+                for counters in (mine, total):
+                    counters.fragment_runs += share.num_fragments
+                    for reason, size in share.sent.items():
+                        counters.sent[reason] += size
+                    for reason, size in share.received.items():
+                        counters.received[reason] += size
+                    counters.seconds["compute"] += share.compute_s
+                _add(mine.seconds, dispatch_s, wait_s, transfer_s)
+            _add(total.seconds, dispatch_s, wait_s, transfer_s)
 
     def fallback(self, reason: str) -> int:
         """Count a call that ran locally; returns how often this reason has been counted."""

@@ -186,7 +186,9 @@ _FIELD_TYPES: dict[str, Any] = {
     "value": object, "info": object,
 }
 _CHECKS: tuple[tuple[Any, ...], ...] = tuple(tuple(_FIELD_TYPES[f] for f in cls._fields) for cls in _TYPES)
-_PAIR_FIELDS = ("keeps", "incoming", "frees", "tensors")
+_PAIR_FIELDS = frozenset({"keeps", "incoming", "frees", "tensors"})
+_PAIRS: tuple[tuple[int, ...], ...] = tuple(
+    tuple(index for index, field in enumerate(cls._fields, 1) if field in _PAIR_FIELDS) for cls in _TYPES)
 
 
 def to_wire(message: Message) -> tuple[Any, ...]:
@@ -212,9 +214,9 @@ def from_wire(data: Any) -> Message:
             raise ProtocolError(
                 f"{cls.__name__}.{cls._fields[index - 1]} must be {kind}, got {type(data[index]).__name__}"
             )
+    for index in _PAIRS[tag]:
+        for pair in data[index]:
+            if type(pair) is not tuple or len(pair) != 2 or type(pair[0]) is not int or type(pair[1]) is not int:
+                raise ProtocolError(f"{cls.__name__}.{cls._fields[index - 1]} must hold (tensor id, epoch) pairs")
     message: Message = cls(*data[1:])
-    for field in _PAIR_FIELDS:
-        for pair in getattr(message, field, ()):
-            if type(pair) is not tuple or len(pair) != 2 or not all(type(x) is int for x in pair):
-                raise ProtocolError(f"{cls.__name__}.{field} must hold (tensor id, epoch) pairs, got {pair!r:.80}")
     return message

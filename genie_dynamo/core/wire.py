@@ -50,8 +50,10 @@ def pack(obj: Any) -> bytes:
     return data
 
 
-def unpack(data: Any, limits: Limits = DEFAULT_LIMITS, what: str = "message") -> Any:
+def unpack(data: Any, limits: Limits = DEFAULT_LIMITS, what: str = "message", *, flat: bool = False) -> Any:
     """The object behind the bytes (anything with the buffer protocol); arrays are tuples.
+
+    Args:   flat: the caller looks at the outer levels only and never recurses: depth is left to the decoder's bound.
 
     Raises: MessageLimitError beyond a limit; ProtocolError for anything else that is not one msgpack object.
     """
@@ -71,7 +73,7 @@ def unpack(data: Any, limits: Limits = DEFAULT_LIMITS, what: str = "message") ->
         raise
     except Exception as exc:
         raise _translated(exc, what, limits) from exc
-    if type(obj) is tuple or type(obj) is dict:
+    if not flat and (type(obj) is tuple or type(obj) is dict):
         _check_nesting(obj, data, limits.nesting, what)
     return obj
 
@@ -124,9 +126,7 @@ def _claimed_slots(raw: bytes) -> int:
     claimed, at, end = 0, 0, len(raw)
     while at < end:
         head = raw[at]
-        if head < 0x80 or head >= 0xE0 or head in (0xC0, 0xC2, 0xC3):
-            at += 1
-        elif head < 0x90:
+        if head < 0x90 or head >= 0xE0 or head in (0xC0, 0xC2, 0xC3):
             at += 1
         elif head < 0xA0:
             claimed += head & 0x0F

@@ -67,7 +67,7 @@ class Connection:
         frames: list[Any] = []
         while socket.getsockopt(zmq.RCVMORE):
             frames.append(socket.recv(copy=False))
-        return m.from_wire(unpack(header)), frames, len(header)
+        return m.from_wire(unpack(header, flat=True)), frames, len(header)
 
     def ask(self, message: m.Message, deadline_s: float) -> m.Message:
         """Send a request and wait for its answer; answers to older requests are dropped.

@@ -39,6 +39,7 @@ from genie_dynamo.runtime.client.uploads import (
 from genie_dynamo.runtime.client.verify import compare, run_reference
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
+from genie_dynamo.runtime.telemetry import Share
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -461,17 +462,15 @@ class RemoteGraph:
 
     def _count(self, session: Session, binding: Binding, parts: Sequence[Part], state: CallState,
                received: dict[int, dict[str, int]], started_s: float, sent_s: float, answered_s: float) -> None:
-        telemetry = session.telemetry
-        ran: dict[str, tuple[int, float]] = {}
+        shares = []
         queue_s = 0.0
         for worker, p in zip(binding.programs, parts, strict=True):
             result = state.results[worker]
-            telemetry.moved(p.bound.link.name, sent=p.sent, received=received[worker])
-            ran[p.bound.link.name] = (p.bound.num_fragments, result.compute_s)
+            shares.append(Share(p.bound.link.name, p.bound.num_fragments, result.compute_s, p.sent, received[worker]))
             queue_s = max(queue_s, result.queue_s)
         now_s = time.perf_counter()
-        telemetry.call(ran, dispatch_s=(sent_s - started_s) + (now_s - answered_s), wait_s=answered_s - sent_s,
-                       queue_s=queue_s)
+        session.telemetry.call(shares, dispatch_s=(sent_s - started_s) + (now_s - answered_s),
+                               wait_s=answered_s - sent_s, queue_s=queue_s)
 
 
 class SessionPart:

@@ -8,7 +8,9 @@ import resource
 import secrets
 import signal
 import sys
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import zmq
@@ -19,10 +21,12 @@ from genie_dynamo.runtime.heartbeat import HeartbeatEcho
 from genie_dynamo.runtime.launcher import lifeline_watch, remove_socket_dir
 from genie_dynamo.runtime.security import Authenticator, Security, apply_client, apply_server, check_bind, harden
 from genie_dynamo.runtime.worker.engine import Engine
-from genie_dynamo.runtime.worker.shell import Shell
+from genie_dynamo.runtime.worker.shell import WAKE_IDENTITY, Shell
 from genie_dynamo.runtime.worker.state import WorkerState
 
 log = logging.getLogger(__name__)
+
+_WAKE_ADDRESS = "inproc://genie-wake"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +67,9 @@ def run_worker(options: WorkerOptions) -> None:
     apply_server(socket, security)
     _bind(socket, options.bind)
     heartbeat = HeartbeatEcho(context, _beside(options.bind), security)
-    wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
-    engine = Engine(device=device, num_threads=num_threads, namespaces=namespaces,
-                    wake=lambda: os.eventfd_write(wake_fd, 1))
+    socket.bind(_WAKE_ADDRESS)
+    wake = _Wake(context)
+    engine = Engine(device=device, num_threads=num_threads, namespaces=namespaces, wake=wake)
     state = WorkerState(incarnation=incarnation, heartbeat_address=heartbeat.address, toolbox=engine)
 
     def connect_peer(address: str, key: str) -> zmq.Socket[bytes]:
@@ -75,7 +79,7 @@ def run_worker(options: WorkerOptions) -> None:
         peer.connect(address)
         return peer
 
-    shell = Shell(socket, state, engine, wake_fd, connect_peer)
+    shell = Shell(socket, state, engine, connect_peer)
     if options.lifeline_fd is not None:
         lifeline_watch(options.lifeline_fd, lambda: _die(options.bind))
     address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -96,8 +100,26 @@ def run_worker(options: WorkerOptions) -> None:
         heartbeat.close()
         if authenticator is not None:
             authenticator.close()
-        os.close(wake_fd)
+        wake.close()
         context.destroy(linger=0)
+
+
+class _Wake:
+    """Called from helper threads: the loop, which waits for messages, gets one."""
+
+    def __init__(self, context: zmq.Context[Any]) -> None:
+        self._lock = threading.Lock()
+        self._socket = context.socket(zmq.DEALER)
+        # A client that asks for this name later is refused: the worker's router takes no name twice.
+        self._socket.setsockopt(zmq.IDENTITY, WAKE_IDENTITY)
+        self._socket.connect(_WAKE_ADDRESS)
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._socket.send(b"")
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
 
 
 def _die(bind: str) -> None:

@@ -6,7 +6,6 @@ of one client does not wait for the end of a long one of another. Heartbeats are
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -39,28 +38,26 @@ log = logging.getLogger(__name__)
 SLICE_S = 0.010
 """A run gives way to waiting messages after this long."""
 TICK_S = 1.0
-PEER_BACKLOG_MESSAGES = 1000
+WAKE_IDENTITY = b"genie-wake"
+"""The connection of this process's own helper threads; a client cannot take it, ROUTER refuses it twice."""
 
 
 class Shell:
     """Drives one worker. `connect_peer(address, key)` opens the way to another worker."""
 
-    def __init__(self, socket: zmq.Socket[bytes], state: WorkerState, engine: Engine, wake_fd: int,
+    def __init__(self, socket: zmq.Socket[bytes], state: WorkerState, engine: Engine,
                  connect_peer: Callable[[str, str], zmq.Socket[bytes]]) -> None:
         self._socket = socket
         self._state = state
         self._engine = engine
-        self._wake_fd = wake_fd
         self._connect_peer = connect_peer
         self._peers: dict[str, zmq.Socket[bytes]] = {}
         self._ready: deque[RunRecord] = deque()
         self._waiting: set[RunRecord] = set()
         self._sent: dict[RunRecord, set[int]] = {}
-        self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(wake_fd, zmq.POLLIN)
         self._next_tick_s = time.monotonic() + TICK_S
         self.stopping = False
+        socket.setsockopt(zmq.RCVTIMEO, int(TICK_S * 1000))
 
     def run_forever(self) -> None:
         """Serve until `stopping` is set and nothing is left to do."""
@@ -68,50 +65,45 @@ class Shell:
             self.step()
 
     def step(self) -> None:
-        """Handle what has arrived, then one slice of work."""
+        """One slice of work and then what has arrived meanwhile; or, where there is no work, wait for a message."""
         if self._ready:
-            self._drain()
-            if self._ready:
-                self._advance(self._ready.popleft())
-        elif not self._receive():
-            self._wait()
+            self._advance(self._ready.popleft())
+            while self._ready and self._receive(zmq.NOBLOCK):
+                pass
+        else:
+            self._receive(0)
         now_s = time.monotonic()
         if now_s >= self._next_tick_s:
             self._next_tick_s = now_s + TICK_S
             self._carry_out(self._state.handle(Tick(now_s)))
 
-    def _wait(self) -> None:
-        timeout_ms = max(0, int((self._next_tick_s - time.monotonic()) * 1000) + 1)
-        for ready, _ in self._poller.poll(timeout_ms):
-            if ready == self._wake_fd:
-                os.read(self._wake_fd, 8)
-                # Compiled code has come: whoever waited for it gets another look.
-                self._ready.extend(self._waiting)
-                self._waiting.clear()
-
-    def _drain(self) -> None:
-        while self._receive():
-            pass
-
-    def _receive(self) -> bool:
-        """Read and handle one message; False where none is waiting."""
+    def _receive(self, flags: int) -> bool:
+        """Read and handle one message; False where none has come."""
         socket = self._socket
         try:
-            connection = socket.recv(zmq.NOBLOCK)
+            connection = socket.recv(flags)
         except zmq.Again:
             return False
         header = socket.recv() if socket.getsockopt(zmq.RCVMORE) else b""
         frames: list[Any] = []
         while socket.getsockopt(zmq.RCVMORE):
             frames.append(socket.recv(copy=False))
+        if connection == WAKE_IDENTITY:
+            self._look_again()
+            return True
         try:
-            message = m.from_wire(unpack(header))
-        except GenieError as error:
+            message = m.from_wire(unpack(header, flat=True))
+        except (GenieError, RecursionError) as error:
             log.warning("a peer sent bytes that are not a message: %s", error)
             self._carry_out([Reply(connection, failure(0, error))])
             return True
         self._carry_out(self._state.handle(Received(connection, message, frames, time.monotonic())))
         return True
+
+    def _look_again(self) -> None:
+        """Compiled code has come: whoever waits may have waited for it."""
+        self._ready.extend(self._waiting)
+        self._waiting.clear()
 
     def _carry_out(self, commands: Sequence[Command]) -> None:
         for command in commands:
