@@ -104,6 +104,11 @@ class _Lowering:
         self._values[node] = self._num_inputs + len(self._nodes)
         self._nodes.append(spec)
 
+    def targets_of_last_node(self) -> list[str]:
+        """The ops that the node lowered last calls itself or is given to call."""
+        node = self._nodes[-1]
+        return [node.target, *(a.target for a in (*node.args, *node.kwargs.values()) if isinstance(a, Op))]
+
     def skip(self, node: fx.Node) -> None:
         """Take a node that cannot be lowered as made, so that its users can be looked at."""
         self._values[node] = self._num_inputs
@@ -289,8 +294,7 @@ class _Reasons:
             text = str(exc)
             self.reasons.append(text if text.startswith("node ") and "/" not in where else f"{where}: {text}")
             return
-        if node.op == "call_function":
-            name = target_name(node.target)
+        for name in lowering.targets_of_last_node() if node.op == "call_function" else ():
             if name.partition("::")[0] not in self._namespaces:
                 self.reasons.append(
                     f"node {where}: op {name} is of a namespace that workers do not serve; start them with "

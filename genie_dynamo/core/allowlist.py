@@ -17,7 +17,9 @@ trusted that far; clients that must not see each other's bytes get workers of th
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
+import importlib
 import math
 import operator
 import re
@@ -30,17 +32,25 @@ from torch._ops import HigherOrderOperator, OpOverload
 from genie_dynamo.core.errors import UnsupportedGraphError
 from genie_dynamo.core.op_denials import HIGHER_ORDER_DENIALS, denied_by_name
 
-NAMESPACES = frozenset({"aten", "prims", "genie", "rngprims", "quantized", "quantized_decomposed", "torchvision",
-                        "transformers"})
+NAMESPACES = frozenset({"aten", "prims", "genie", "rngprims", "quantized", "quantized_decomposed", "torch_nn",
+                        "torchvision", "transformers"})
 """Operator namespaces that every worker serves, as far as they are registered there."""
 
-_OP_LIBRARIES = frozenset({"quantized_decomposed", "torchvision", "transformers"})
+_OP_LIBRARIES = frozenset({"torchvision", "transformers"})
 """Namespaces that exist only once a Python package has been imported."""
+
+_TORCH_LIBRARIES = ("torch.nn.modules.linear_cross_entropy", "torch.ao.quantization.fx._decomposed",
+                    "torch._higher_order_ops")
+"""Modules of torch itself that register ops when they are imported. Imported here, so that both ends know the same."""
+
+for _module in _TORCH_LIBRARIES:
+    with contextlib.suppress(ImportError):  # not in every release
+        importlib.import_module(_module)
 
 HIGHER_ORDER = frozenset({
     "cond", "while_loop", "while_loop_stack_output", "scan", "associative_scan", "map_impl", "flex_attention",
     "flex_attention_backward", "auto_functionalized", "auto_functionalized_v2", "invoke_subgraph", "out_dtype",
-    "run_and_save_rng_state", "run_with_rng_state",
+    "run_and_save_rng_state", "run_with_rng_state", "with_effects", "invoke_quant", "invoke_quant_packed",
 })
 
 _OPERATOR_FUNCTIONS = (
@@ -65,8 +75,19 @@ def _python_functions() -> dict[str, Callable[..., Any]]:
             if (function := getattr(module, name, None)) is not None:
                 table[f"py::{module.__name__}.{name}"] = function
     for name in ("round", "int", "float", "bool", "max", "min", "abs", "pow"):
-        table.setdefault(f"py::builtins.{name}", getattr(builtins, name))
+        table[f"py::builtins.{name}"] = getattr(builtins, name)
+    if (options := _invoke_quant_options()) is not None:
+        table[f"py::{options.__module__}.{options.__qualname__}"] = options
     return table
+
+
+def _invoke_quant_options() -> Callable[..., Any] | None:
+    """The dataclass of one bool that graphs with invoke_quant construct."""
+    with contextlib.suppress(ImportError):
+        from torch._higher_order_ops._invoke_quant import InvokeQuant
+
+        return InvokeQuant
+    return None
 
 
 PYTHON_FUNCTIONS: dict[str, Callable[..., Any]] = _python_functions()

@@ -54,7 +54,6 @@ HIGHER_ORDER_DENIALS: dict[str, str] = {
     "triton_kernel_wrapper_mutation": "runs a kernel whose source is code",
     "triton_kernel_wrapper_functional": "runs a kernel whose source is code",
     "invoke_leaf_function": "calls a Python function of the client",
-    "with_effects": "orders effects that a worker does not offer",
     "custom_function_call": "calls a Python autograd function",
     "executorch_call_delegate": "calls a foreign runtime",
     "aoti_call_delegate": "calls compiled code of the client",
