@@ -24,16 +24,16 @@ setup:  ## make .venv with everything in it
 demo: setup  ## the main job on real input, compared with local eager (DEMO_ARGS=--quick)
 	@$(PY) -m genie_dynamo.cli demo $(DEMO_ARGS)
 
-test: setup  ## all tests but the long ones (TEST_ARGS="-k keys")
-	@tools/run_tests.sh $(TEST_BUDGET_S) -n $(TEST_PROCESSES) -m "not long" --durations=15 $(TEST_ARGS) tests
+test: setup  ## all tests but the slow ones (TEST_ARGS="-k keys")
+	@tools/run_tests.sh $(TEST_BUDGET_S) -n $(TEST_PROCESSES) -m "not slow" --durations=15 $(TEST_ARGS) tests
 
-test-long: setup  ## the long tests alone
-	@tools/run_tests.sh $(TEST_LONG_BUDGET_S) -n $(TEST_PROCESSES) -m long --durations=15 $(TEST_ARGS) tests
+test-long: setup  ## the slow tests alone
+	@tools/run_tests.sh $(TEST_LONG_BUDGET_S) -n $(TEST_PROCESSES) -m slow --durations=15 $(TEST_ARGS) tests
 
 check: setup  ## ruff, mypy and the fast tests, in under a minute
 	@$(PY) -m ruff check .
 	@tools/typecheck.sh
-	@tools/run_tests.sh 60 -n $(TEST_PROCESSES) -q -m "not slow and not long" $(TEST_ARGS) \
+	@tools/run_tests.sh 60 -n $(TEST_PROCESSES) -q -m "not slow and not heavy" $(TEST_ARGS) \
 		tests/core tests/passes tests/cli tests/packaging
 
 bench: setup  ## measure against local and against the floor; writes build/bench.json

@@ -1,0 +1,1 @@
+"""Tests of what installs, what sets up, and what the documents say."""

@@ -1,0 +1,103 @@
+"""The wheel and the sdist hold what they should, and what they hold runs without the checkout."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("genie.py", "genie_dynamo", "passes", "runtime", "pyproject.toml", "README.md", "LICENSE")
+pytestmark = pytest.mark.heavy
+
+
+def installed_name(path: Path) -> str:
+    """Where a source file of the checkout lies once installed."""
+    relative = path.relative_to(ROOT).as_posix()
+    return f"genie_dynamo/{relative}" if relative.startswith(("passes/", "runtime/")) else relative
+
+
+def source_files() -> set[str]:
+    folders = [ROOT / name for name in ("genie_dynamo", "passes", "runtime")]
+    return {installed_name(path) for folder in folders for path in folder.rglob("*.py")} | {"genie.py"}
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=280,
+                          check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT, cwd=folder)
+    found, = folder.glob("genie_dynamo-*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    program = ("import sys\nfrom scikit_build_core import build\n"
+               "print(build.build_sdist(sys.argv[1]))")
+    run("-c", program, folder, cwd=ROOT)
+    found, = folder.glob("genie_dynamo-*.tar.gz")
+    return found
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {name for name in names if ".dist-info/" not in name}
+    assert modules == source_files()
+    for expected in ("genie.py", "genie_dynamo/cli/main.py", "genie_dynamo/passes/__init__.py",
+                     "genie_dynamo/runtime/worker/__main__.py"):
+        assert expected in modules
+
+
+def test_the_wheel_is_pure_and_names_its_entry_points_and_licence(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    archive = zipfile.ZipFile(wheel)
+    info = next(name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    text = archive.read(info).decode()
+    assert "genie = genie_dynamo.cli:main" in text
+    assert "[torch_dynamo_backends]\ngenie = genie_dynamo.backend:genie" in text
+    folder = info.rpartition("/")[0]
+    assert archive.read(f"{folder}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert "License-Expression: Apache-2.0" in archive.read(f"{folder}/METADATA").decode()
+
+
+def test_the_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source, = tmp_path.iterdir()
+    assert {path.name for path in source.iterdir()} >= set(SOURCES)
+    run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source,
+        cwd=tmp_path)
+    again, = tmp_path.glob("*.whl")
+    assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_installed_wheel_imports_from_its_own_place(wheel: Path, tmp_path: Path) -> None:
+    """-S: without site-packages' .pth files, so that the editable checkout cannot answer for the wheel."""
+    target = tmp_path / "site"
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    program = (
+        "import sys, site\n"
+        f"sys.path[:0] = [{str(target)!r}]\n"
+        f"sys.path += {[path for path in sys.path if path.endswith('site-packages')]!r}\n"
+        "import genie, genie_dynamo\n"
+        "import genie_dynamo.passes, genie_dynamo.runtime.worker.main, genie_dynamo.backend, genie_dynamo.cli\n"
+        "assert genie is genie_dynamo\n"
+        "names = [name for name in sys.modules if name.split('.')[0] in ('genie', 'genie_dynamo')]\n"
+        "print('\\n'.join(sys.modules[name].__file__ for name in names))\n")
+    files = run("-S", "-c", program, cwd=tmp_path).split()
+    assert len(files) > 10
+    assert all(file.startswith(str(target)) for file in files)
+    assert (target / "bin" / "genie").exists()
