@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import ConfigError, GenieError
 
 
@@ -29,10 +28,10 @@ def nothing_to_ask() -> ConfigError:
 def ask(addresses: Sequence[str], cluster: str | None, timeout_s: float) -> list[WorkerRow]:
     """A row for each worker, in the order given. Raises: ConfigError for what is no address or cluster.yaml."""
     from genie_dynamo.runtime.client.session import Session
-    from genie_dynamo.runtime.cluster import connect_spec
+    from genie_dynamo.runtime.cluster import build_config, connect_spec
 
     whom: dict[str, Any] = {"cluster": cluster} if cluster else {"workers": list(addresses)}
-    config = Config.build(**whom, connect_timeout_s=timeout_s, progress="off")
+    config = build_config(**whom, connect_timeout_s=timeout_s, progress="off")
     workers, security = connect_spec(config)
     rows = []
     for worker in workers:

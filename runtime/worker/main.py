@@ -66,6 +66,7 @@ def run_worker(options: WorkerOptions) -> None:
     harden(socket, "server")
     apply_server(socket, security)
     _bind(socket, options.bind)
+    address = socket.getsockopt_string(zmq.LAST_ENDPOINT)   # before the shell binds its own in-process endpoint
     heartbeat = HeartbeatEcho(context, _beside(options.bind), security)
     socket.bind(_WAKE_ADDRESS)
     wake = _Wake(context)
@@ -82,7 +83,6 @@ def run_worker(options: WorkerOptions) -> None:
     shell = Shell(socket, state, engine, connect_peer)
     if options.lifeline_fd is not None:
         lifeline_watch(options.lifeline_fd, lambda: _die(options.bind))
-    address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
     if options.ready_fd is not None:
         os.write(options.ready_fd, f"ready {incarnation}\n".encode())
         os.close(options.ready_fd)
