@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,12 +108,15 @@ def _is_subgraph(node: fx.Node) -> bool:
 def _fragments(body: Sequence[fx.Node], wanted: set[str], assign: Assign) -> tuple[Fragment, ...]:
     """Maximal runs of nodes on one worker, in topological order."""
     groups: list[tuple[int, list[fx.Node]]] = []
+    placed: dict[fx.Node, int] = {}
     # A subgraph is not a value: it goes with the node that uses it.
     deferred = {n for n in body if _is_subgraph(n)}
     for node in body:
         if node in deferred:
             continue
-        worker = assign(node)
+        # A tuple does not travel: its elements are taken where it was made.
+        taken_from = node.args[0] if node.target is operator.getitem else None
+        worker = placed[node] = placed[taken_from] if isinstance(taken_from, fx.Node) else assign(node)
         if not groups or groups[-1][0] != worker:
             groups.append((worker, []))
         groups[-1][1].extend(n for n in node.all_input_nodes if n in deferred)

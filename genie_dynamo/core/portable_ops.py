@@ -146,7 +146,7 @@ def _cpu_layout(
             _layouts.clear()
         with FakeTensorMode():
             stand_ins = [None if x is None else torch.empty_strided(x[1], x[2], dtype=x[0]) for x in inputs]
-            out, is_flash = _trace(*stand_ins, is_causal, None, enable_gqa)  # type: ignore[arg-type]
+            out, is_flash = _trace(*stand_ins, is_causal, None, enable_gqa)  # type: ignore[call-arg, arg-type]
         _layouts[key] = (tuple(out.stride()), is_flash)
     return _layouts[key]
 
@@ -211,7 +211,7 @@ def _trace_anywhere(
         stand_ins = [
             None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
             for x in (q, k, v, attn_mask)]
-        out, is_flash = _trace(*stand_ins, is_causal, scale, enable_gqa)  # type: ignore[arg-type]
+        out, is_flash = _trace(*stand_ins, is_causal, scale, enable_gqa)  # type: ignore[call-arg, arg-type]
     return torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=q.device), is_flash
 
 
@@ -236,19 +236,41 @@ def _sdpa_bw_fake(
 
 
 # ---------------------------------------------------------------- autograd and autocast
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, attn_mask, *options = inputs
-    out, lse = output
-    if attn_mask is not None and attn_mask.requires_grad:
+class _Differentiable(torch.autograd.Function):
+    """genie::sdpa for inputs that ask for gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *options: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = sdpa.redispatch(keyset & torch._C._after_autograd_keyset, q, k, v, attn_mask, *options)
+        ctx.save_for_backward(q, k, v, out, lse, attn_mask)
+        ctx.mark_non_differentiable(lse)
+        ctx.options = options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = sdpa_bw(grad_out, *ctx.saved_tensors, *ctx.options)
+        return (None, *grads, None, None, None, None)
+
+
+def _autograd_kernel(
+    keyset: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Written out because torch.library.register_autograd costs 16 us per call even where no gradient is asked."""
+    result: tuple[Tensor, Tensor]
+    grad_enabled = torch.is_grad_enabled()
+    if grad_enabled and attn_mask is not None and attn_mask.requires_grad:
         raise NotImplementedError("genie::sdpa gives attn_mask no gradient; call scaled_dot_product_attention")
-    ctx.save_for_backward(q, k, v, out, lse, attn_mask)
-    ctx.mark_non_differentiable(lse)
-    ctx.options = options
-
-
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = sdpa_bw(grad_out, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None, None)
+    if grad_enabled and (q.requires_grad or k.requires_grad or v.requires_grad):
+        result = _Differentiable.apply(  # type: ignore[no-untyped-call]
+            keyset, q, k, v, attn_mask, is_causal, scale, enable_gqa)
+        return result
+    with torch._C._AutoDispatchBelowAutograd():
+        result = sdpa.redispatch(
+            keyset & torch._C._after_autograd_keyset, q, k, v, attn_mask, is_causal, scale, enable_gqa)
+        return result
 
 
 def _autocast_kernel(device_type: str) -> Any:
@@ -281,4 +303,4 @@ _LIBRARY.impl("sdpa", _autocast_kernel("cpu"), "AutocastCPU")
 _LIBRARY.impl("sdpa", _autocast_kernel("cuda"), "AutocastCUDA")
 torch.library.register_fake("genie::sdpa", _sdpa_fake, lib=_LIBRARY)
 torch.library.register_fake("genie::sdpa_bw", _sdpa_bw_fake, lib=_LIBRARY)
-torch.library.register_autograd("genie::sdpa", _backward, setup_context=_setup_context, lib=_LIBRARY)
+_LIBRARY.impl("sdpa", _autograd_kernel, "Autograd", with_keyset=True)

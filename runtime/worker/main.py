@@ -87,7 +87,7 @@ def run_worker(options: WorkerOptions) -> None:
         os.write(options.ready_fd, f"ready {incarnation}\n".encode())
         os.close(options.ready_fd)
     elif not options.embedded:
-        print(f"genie worker {incarnation} at {address} on {device}, {num_threads} thread(s), "
+        print(f"genie worker {incarnation} at {_as_given(options.bind, address)} on {device}, {num_threads} thread(s), "
               f"{'keys required' if security.is_server else 'no keys'}; Ctrl-C stops it", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: setattr(shell, "stopping", True))
     try:
@@ -166,6 +166,11 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> None:
         socket.bind(address)
     except zmq.ZMQError as error:
         raise ConfigError(f"cannot bind {address!r}: {error}; is another worker running there?") from error
+
+
+def _as_given(bind: str, bound: str) -> str:
+    """The address in the words of --bind, with the port that the system has chosen for `*`."""
+    return bind.removesuffix("*") + bound.rpartition(":")[2] if bind.endswith(":*") else bind
 
 
 def _beside(address: str) -> str:
