@@ -39,8 +39,7 @@ def closes_ready() -> None:
 
 
 def ignores_eof() -> None:
-    global on_eof
-    on_eof = threading.Event().wait   # type: ignore[assignment]
+    STUBBORN.set()
 
 
 def has_child() -> None:
@@ -51,10 +50,13 @@ def has_child() -> None:
 
 
 def on_eof() -> None:
+    if STUBBORN.is_set():
+        threading.Event().wait()
     remove_socket_dir(ARGUMENTS.bind)
     os._exit(0)
 
 
+STUBBORN = threading.Event()
 parser = argparse.ArgumentParser()
 parser.add_argument("--embedded", action="store_true")
 parser.add_argument("--bind")
@@ -71,7 +73,7 @@ if __name__ == "__main__":
         globals()[name]()
     directory = Path(ARGUMENTS.bind.removeprefix("ipc://")).parent
     (directory / "environment").write_text("\n".join(f"{k}={v}" for k, v in os.environ.items()))
-    lifeline_watch(ARGUMENTS.lifeline_fd, lambda: on_eof())
+    lifeline_watch(ARGUMENTS.lifeline_fd, on_eof)
     os.write(ARGUMENTS.ready_fd, b"ready stand-in-1\n")
     os.close(ARGUMENTS.ready_fd)
     print("up and running")
