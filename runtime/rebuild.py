@@ -39,8 +39,9 @@ class _Rebuild:
         spec = self._spec
         for k in range(spec.num_inputs):
             self._values.append(self._graph.placeholder(f"a{k}"))
-        for k, constant in enumerate(spec.constants):
-            self._root.register_buffer(f"c{k}", constant.to_tensor(self._device))
+        constants = {f"c{k}": constant.to_tensor(self._device) for k, constant in enumerate(spec.constants)}
+        for name, tensor in constants.items():
+            self._root.register_buffer(name, tensor)
         for k, subgraph in enumerate(spec.subgraphs):
             setattr(self._root, f"g{k}", _Rebuild(subgraph, self._device, self._namespaces).module())
         for j, node in enumerate(spec.nodes):
@@ -54,7 +55,12 @@ class _Rebuild:
         else:
             self._graph.output(tuple(outputs) if spec.returns == "tuple" else outputs)
         self._graph.lint()
-        return fx.GraphModule(self._root, self._graph, class_name="Fragment")
+        built = fx.GraphModule(self._root, self._graph, class_name="Fragment")
+        for name, tensor in constants.items():
+            # Constants, not state: as buffers of a subgraph, tracing would functionalise them one level too high.
+            delattr(built, name)
+            setattr(built, name, tensor)
+        return built
 
     def _resolve(self, target: str) -> Any:
         function = resolve(target, self._namespaces)

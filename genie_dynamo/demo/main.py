@@ -1,11 +1,16 @@
-"""`genie demo`: the main job on real input, twice, and whether both agree."""
+"""`genie demo`: the main job on real input, twice, and whether both agree.
+
+Local eager gets what the workers get: as many client threads, and as many compute threads for each.
+"""
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,7 +99,9 @@ def run_embeddings(options: DemoOptions) -> EmbeddingRun:
     encoder, tokenizer = load_encoder()
     docstrings = collect_docstrings(options.num_docstrings)
     batches = make_batches(tokenizer, [docstring.text for docstring in docstrings])
-    local_ND, local_s = _timed(lambda: embed(encoder, batches, title="local eager", progress=options.progress))
+    with torch_threads(threads_per_worker(options.num_workers)):
+        local_ND, local_s = _timed(lambda: embed(
+            encoder, batches, num_client_threads=options.num_workers, title="local eager", progress=options.progress))
 
     open_session(options)
     encode = compile_encoder(encoder, options.backend)
@@ -142,7 +149,8 @@ def run_generation(options: DemoOptions) -> Part:
 
     model = build_llama()
     count, progress = options.num_new_tokens, options.progress
-    local, local_s = _timed(lambda: generate(model, count, title="local eager", progress=progress))
+    with torch_threads(threads_per_worker(options.num_workers)):
+        local, local_s = _timed(lambda: generate(model, count, title="local eager", progress=progress))
     reset_counters(options)
     compiled = compiled_copy(model, options.backend)
     _, first_call_s = _timed(lambda: generate(compiled, 4, title="first call", progress=progress))
@@ -190,6 +198,24 @@ def session_facts(options: DemoOptions) -> dict[str, Any]:
         "runs_by_worker": {name: facts["fragment_runs"] for name, facts in stats["workers"].items()},
         "fallbacks": dict(stats["fallbacks"]),
     }
+
+
+def threads_per_worker(num_workers: int) -> int:
+    """The compute threads of each embedded worker when they share this machine's cores."""
+    return max(1, len(os.sched_getaffinity(0)) // num_workers)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Compute with as many threads as a worker has, so that local and remote times can be compared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _warm_up(encode: Encode, batches: Sequence[Batch], options: DemoOptions) -> None:

@@ -80,7 +80,7 @@ def summary(parts: Sequence[Part]) -> str:
     row("work", [part.what for part in parts])
     row("equal to local eager", ["yes" if part.equal else "NO" for part in parts])
     row("difference", [part.difference for part in parts])
-    row("time, local eager", [f"{part.local_s:.2f} s" for part in parts])
+    row("time, local eager, as many threads", [f"{part.local_s:.2f} s" for part in parts])
     row("time, remote", [f"{part.remote_s:.2f} s ({part.remote_s / part.local_s:.2f}x local)" for part in parts])
     row("first call (compile, ship, upload)", [f"{part.first_call_s:.2f} s" for part in parts])
     for reason in reasons:

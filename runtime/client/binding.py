@@ -42,10 +42,11 @@ class Binding:
     def __init__(self, programs: dict[int, BoundProgram], program_id: int) -> None:
         self.programs = programs
         self.program_id = program_id
+        self.links = tuple(bound.link for bound in programs.values())
 
     @property
     def usable(self) -> bool:
-        return not any(bound.link.lost for bound in self.programs.values())
+        return not any([link.lost for link in self.links])
 
 
 def bind(session: Session, plan: Plan, specs: dict[int, bytes], links: Sequence[WorkerLink], compiler: str,

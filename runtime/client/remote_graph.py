@@ -172,11 +172,11 @@ class RemoteGraph:
         elif count == 1:
             links = [session.pick(part.prefer)]
         else:
-            session.pick()
+            session.pick()       # replaces lost workers
             links = [link for link in session.links if not link.lost][:count]
             if len(links) < count:
                 raise WorkerLostError(f"the plan needs {count} workers, {len(links)} are left")
-        key = tuple(link.key for link in links)
+        key = tuple([link.key for link in links])
         binding = part.bindings.get(key)
         if binding is None or not binding.usable:
             with part.session.residency.lock:
@@ -233,7 +233,7 @@ class RemoteGraph:
             header = connection.send(
                 m.Run(request, bound.program.program_id, call_id, tuple(encoded), keeps, tuple(needs.incoming),
                       link.take_frees()), frames)
-            inline = sum(sent.values()) - sum(map(len, frames))
+            inline = sum(sent.values()) - (sum(map(len, frames)) if frames else 0)
             sent["control"] = header - inline
             for upload in needs.changed:
                 send_put(connection, lane, link, upload, session.telemetry)
@@ -285,6 +285,8 @@ class RemoteGraph:
 
     def _keeps(self, session: Session, bound: BoundProgram) -> tuple[tuple[int, int], ...]:
         """Handles for what stays: new ids for activations, new epochs for updated parameters and buffers."""
+        if not bound.keep_names:
+            return ()
         return tuple((session.next_id(), 1 if i in bound.keep_updates else 0) for i in range(len(bound.keep_names)))
 
     # -- answers ----------------------------------------------------------------------------------------------

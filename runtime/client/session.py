@@ -86,6 +86,8 @@ class Session:
         Raises: WorkerLostError when all are lost and cannot be replaced.
         """
         self.check_open()
+        if len(self.links) == 1 and not self.links[0].lost:
+            return self.links[0]
         healthy = [link for link in self.links if not link.lost]
         if len(healthy) < len(self.links):
             self.replace_lost()

@@ -43,12 +43,8 @@ class WorkerLink:
             connection.close()
             raise
         self.incarnation = self.welcome.incarnation
+        self.key = f"{name}/{self.incarnation}"           # names this incarnation in tables
         self._idle.append(connection)
-
-    @property
-    def key(self) -> str:
-        """Names this incarnation in tables."""
-        return f"{self.name}/{self.incarnation}"
 
     def check_alive(self) -> None:
         """Raises: WorkerLostError if the worker is known to be gone."""

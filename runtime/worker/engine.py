@@ -27,6 +27,9 @@ from genie_dynamo.runtime.worker.state import RunRecord
 STREAM_BYTES = 256 << 10
 """Outputs from this size on leave as soon as they are final, while the run goes on."""
 
+SHORT_NODES = 16
+"""A graph of at most this many ops runs in one go."""
+
 Emit = Callable[[RunRecord, int, Any], bool]
 """`emit(run, value id, value)`: returns whether the value has been sent to the client."""
 
@@ -38,6 +41,7 @@ class LoadedFragment:
                  namespaces: frozenset[str], wake: Callable[[], None]) -> None:
         spec = decode(program.spec)
         self.program = program
+        self.num_nodes = len(spec.nodes)
         self.plan = FlatPlan(spec, device=device, extra_namespaces=namespaces)
         self.compiled = None if compiler == "flat" else CompiledFragment(spec, compiler, device, wake)
 
@@ -59,6 +63,12 @@ class LoadedProgram:
         self.fragments = fragments
         self.return_index = {value: index for index, value in enumerate(program.returns)}
         self.leaves_early = {value for value, _, _ in program.sends} | set(program.returns)
+        first = fragments[0]
+        self.short: LoadedFragment | None = None
+        """The only fragment, where nothing is gained by running it in slices or sending parts of its result early."""
+        if (len(fragments) == 1 and first.compiled is None and first.program.rng is None and not program.sends
+                and first.num_nodes <= SHORT_NODES):
+            self.short = first
 
 
 class Engine:
@@ -117,10 +127,15 @@ class Engine:
         Raises: whatever an op raises; torch's allocation failures as WorkerMemoryError.
         """
         started = time.perf_counter()
-        if run.state is None:
-            run.state = [FragmentRun(f) for f in run.loaded.fragments]
-            run.queue_s = time.monotonic() - run.received_s
         try:
+            if run.state is None:
+                run.queue_s = time.monotonic() - run.received_s
+                short = run.loaded.short
+                if short is not None and not run.pending and not run.awaited:
+                    env, program = run.env, short.program
+                    env.update(zip(program.outputs, short.plan.run([env[v] for v in program.inputs]), strict=True))
+                    return RunStatus.DONE
+                run.state = [FragmentRun(f) for f in run.loaded.fragments]
             return self._advance(run, until_s, emit)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise _out_of_memory(error, run) from error

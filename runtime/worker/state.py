@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,9 @@ from genie_dynamo.core.errors import (
 )
 from genie_dynamo.core.limits import DEFAULT_LIMITS, Limits
 from genie_dynamo.core.program import WorkerProgram
+
+
+_NONE: frozenset[tuple[int, int]] = frozenset()
 
 
 class Toolbox(Protocol):
@@ -304,10 +307,10 @@ class WorkerState:
         if message.keeps and len(message.keeps) != len(program.keeps):
             raise ProtocolError(f"program {program.program_id} keeps {len(program.keeps)} values, "
                                 f"{len(message.keeps)} handles came")
-        if sum(map(len, session.runs.values())) >= self._limits.waiting_runs_per_session:
+        if len(session.runs) >= self._limits.waiting_runs_per_session:
             raise WorkerBusyError(f"{self._limits.waiting_runs_per_session} runs of this session wait already")
         run = RunRecord(session, event.connection, message, program, loaded, {}, {}, set(), event.now_s)
-        incoming = set(message.incoming)
+        incoming = set(message.incoming) if message.incoming else _NONE
         for value_id, argument in zip(program.inputs, message.arguments, strict=True):
             self._bind(run, value_id, argument, event.frames, incoming)
         if program.receives:
@@ -318,7 +321,7 @@ class WorkerState:
         return [Execute(run)]
 
     def _bind(self, run: RunRecord, value_id: int, argument: Any, frames: Sequence[Any],
-              incoming: set[tuple[int, int]]) -> None:
+              incoming: Set[tuple[int, int]]) -> None:
         if type(argument) is not tuple:
             if argument is not None and not isinstance(argument, int | float | bool):
                 raise ProtocolError(f"an argument is a number, None, a tensor or a handle, got {argument!r:.60}")
