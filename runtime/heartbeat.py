@@ -25,7 +25,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from genie_dynamo.core.errors import ConfigError
+from genie_dynamo.core.errors import ConfigError, SessionClosedError
 from genie_dynamo.runtime.security import Security, apply_client, apply_server, harden
 
 _LOG = logging.getLogger(__name__)
@@ -267,8 +267,11 @@ class HeartbeatMonitor:
 
         Args:   address: its HeartbeatEcho's.  server_public: its key, where it has one.
                 is_alive: cheap and without blocking, as `lambda: process.poll() is None`; asked every 0.1 s.
-        Raises: ConfigError for an incarnation that does not fit into a ping, or keys that do not suffice.
+        Raises: ConfigError for an incarnation that does not fit into a ping, or keys that do not suffice;
+                SessionClosedError after close().
         """
+        if self._closing:
+            raise SessionClosedError("the heartbeat monitor is closed; its session has ended")
         if len(incarnation.encode()) > _MAX_INCARNATION_BYTES:
             raise ConfigError(f"an incarnation of {len(incarnation.encode())} bytes; at most {_MAX_INCARNATION_BYTES}")
         socket = self._context.socket(zmq.DEALER)

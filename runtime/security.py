@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 
 ZAP_DOMAIN = "genie"
 UNSAFE_FLAG = "--allow-anyone-on-the-network"
-HEARTBEAT_MESSAGE_BYTES = 256
+HEARTBEAT_MESSAGE_BYTES = 1024       # a ping has some dozen bytes, but CURVE's handshake commands count too
 _Z85_KEY = re.compile(rb"[0-9A-Za-z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _TCP = re.compile(r"tcp://(?P<host>\[[^\]]*\]|[^:\[\]]*):(?P<port>\d{1,5}|\*)$")
 

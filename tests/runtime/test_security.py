@@ -260,7 +260,7 @@ def test_hardened_sockets(serve: Any) -> None:
         harden(beat, "heartbeat", limits)
         assert (router.linger, router.maxmsgsize, router.rcvhwm, router.sndhwm) == (0, 1 << 20, 7, 7)
         assert (router.tcp_keepalive, router.ipv6, router.heartbeat_ivl) == (1, True, 0)
-        assert beat.maxmsgsize == 256 and beat.heartbeat_ivl > 0
+        assert beat.maxmsgsize == 1024 and beat.heartbeat_ivl > 0
 
 
 def test_a_message_beyond_the_limit_ends_the_connection_and_not_the_server() -> None:
