@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class FlatPlan:
                     step(registers)
                 return [build(registers) for build in self._output_builders]
         except Exception as exc:
-            self._annotate(exc, len(self._steps) - steps.__length_hint__() - 1, registers)
+            self._annotate(exc, len(self._steps) - length_hint(steps) - 1, registers)
             raise
         finally:
             torch._C._set_grad_enabled(grad)

@@ -1,7 +1,7 @@
 """The steps of a flat plan: closures over register numbers, specialised by what a node's arguments look like."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import getitem, itemgetter
 from typing import Any
 
@@ -97,6 +97,12 @@ class Literals:
         self.values.append(self.literal(arg))
         return self._first + len(self.values) - 1
 
+    def registers(self, args: Sequence[Arg], registers: list[int]) -> list[int] | None:
+        """The registers of several arguments, or None where one of them must be built."""
+        if any(not isinstance(arg, Value) and references(arg) for arg in args):
+            return None
+        return [register for arg in args if (register := self.register(arg, registers)) is not None]
+
     def builder(self, arg: Arg, registers: list[int]) -> Builder:
         """A function from registers to the argument."""
         register = self.register(arg, registers)
@@ -112,8 +118,8 @@ class Literals:
 
     def _sequence(self, arg: list[Arg] | tuple[Arg, ...], registers: list[int]) -> Builder:
         kind = type(arg)
-        simple = [self.register(item, registers) for item in arg if isinstance(item, Value) or not references(item)]
-        if len(simple) == len(arg):
+        simple = self.registers(arg, registers)
+        if simple is not None:
             if len(simple) == 1:
                 (only,) = simple
                 return (lambda regs: [regs[only]]) if kind is list else (lambda regs: (regs[only],))
@@ -150,7 +156,7 @@ def check_device(function: Callable[..., Any], target: str, device: torch.device
     if device.type == "cpu" or not isinstance(function, OpOverload):
         return
     key = torch._C._dispatch_key_for_device(device.type)
-    if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(function.name(), key):
+    if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(function._name, key):
         raise UnsupportedGraphError(
             f"op {target} has no kernel for {device.type}, the device of this worker", op=target
         )
@@ -174,7 +180,7 @@ _SHORTCUTS: dict[str, Callable[..., Any]] = {
     "higher_order::invoke_quant": _invoke_quant,
     "higher_order::invoke_quant_packed": _invoke_quant,
 }
-"""Higher-order ops that mean a plain call. Their own dispatch costs tens of microseconds and insists on GraphModules."""
+"""Higher-order ops that mean a plain call; their own dispatch costs tens of microseconds and may want GraphModules."""
 
 
 def clear_step(dead: tuple[int, ...]) -> Step:
@@ -203,10 +209,9 @@ def make_step(function: Callable[..., Any], node: NodeSpec, registers: list[int]
     if any(references(value) for value in node.kwargs.values()):
         return _general_step(call, node, registers, out, literals)
     kwargs = {key: literals.literal(value) for key, value in node.kwargs.items()}
-    simple = [literals.register(a, registers) for a in node.args if isinstance(a, Value) or not references(a)]
-    if len(simple) != len(node.args):
+    sources = literals.registers(node.args, registers)
+    if sources is None:
         return _built_step(call, [literals.builder(a, registers) for a in node.args], kwargs, out)
-    sources = [register for register in simple if register is not None]
     return _keyword_step(call, sources, kwargs, out) if kwargs else _plain_step(call, sources, out)
 
 

@@ -130,7 +130,7 @@ def target_name(target: Any) -> str:
 
 
 def _higher_order_name(target: HigherOrderOperator) -> str:
-    name = target.name()
+    name: str = target._name
     if name not in HIGHER_ORDER or getattr(torch.ops.higher_order, name, None) is not target:
         reason = HIGHER_ORDER_DENIALS.get(name, "is not among the higher-order ops that travel")
         raise UnsupportedGraphError(f"higher-order op {name} cannot run on a worker: it {reason}", op=name)
