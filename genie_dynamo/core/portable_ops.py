@@ -187,6 +187,9 @@ class _SeesFlash(TorchDispatchMode):
         self.is_flash = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ATEN_SDPA:      # below autograd a mode meets the composite itself: look inside
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         self.is_flash |= func is _ATEN_FLASH
         return func(*args, **(kwargs or {}))
 
