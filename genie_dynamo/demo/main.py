@@ -100,6 +100,7 @@ def run_embeddings(options: DemoOptions) -> EmbeddingRun:
     docstrings = collect_docstrings(options.num_docstrings)
     batches = make_batches(tokenizer, [docstring.text for docstring in docstrings])
     with torch_threads(threads_per_worker(options.num_workers)):
+        embed(encoder, batches[:1], progress=False)   # warm, as the workers will be
         local_ND, local_s = _timed(lambda: embed(
             encoder, batches, num_client_threads=options.num_workers, title="local eager", progress=options.progress))
 
@@ -150,6 +151,7 @@ def run_generation(options: DemoOptions) -> Part:
     model = build_llama()
     count, progress = options.num_new_tokens, options.progress
     with torch_threads(threads_per_worker(options.num_workers)):
+        generate(model, 4, progress=False)   # warm, as the workers will be
         local, local_s = _timed(lambda: generate(model, count, title="local eager", progress=progress))
     reset_counters(options)
     compiled = compiled_copy(model, options.backend)

@@ -39,6 +39,7 @@ def check(notebook: Any, num_docstrings: int) -> None:
     assert re.search(r"moved: weights +\S+ MB up", text)
     assert len(re.findall(r"runs on \w+ +[1-9]\d*\n", text)) == 2
     assert pictures(notebook) == 1
+    assert "Warning" not in text
 
 
 @pytest.mark.heavy
@@ -55,6 +56,7 @@ def test_it_is_committed_with_its_outputs() -> None:
     count = re.search(r"NUM_DOCSTRINGS = (\d+)", code[0].source)
     assert count is not None
     check(notebook, int(count[1]))
+    assert "/site-packages/" not in NOTEBOOK.read_text()   # no paths of the machine it ran on
 
 
 def test_a_progress_bar_leaves_one_line() -> None:
