@@ -42,6 +42,7 @@ def plan_graph(gm: fx.GraphModule, facts: GraphFacts, guards: GuardFacts | None 
         mutations=tuple((index, source.name) for index, source in epilogue.values()),
         fragments=_fragments(body, wanted, assign or (lambda node: 0)),
         num_workers=num_workers,
+        aliases=_alias_groups(gm, {o.name for o in outputs if o.kind == "value"}),
         guards=guards or GuardFacts(),
     )
     verify_plan(plan, {n.name: tuple(dict.fromkeys(i.name for i in n.all_input_nodes)) for n in body})
@@ -90,6 +91,15 @@ def _output_rules(gm: fx.GraphModule, facts: GraphFacts, index_of: dict[fx.Node,
         else:
             rules.append(Output(kind="saved" if saved and _is_tensor(item) else "value", name=item.name))
     return tuple(rules)
+
+
+def _alias_groups(gm: fx.GraphModule, returned: set[str]) -> tuple[tuple[str, ...], ...]:
+    """Returned values that share memory: AOTAutograd leaves it to the compiler to keep that, where no grad is needed."""
+    groups: dict[int, list[str]] = {}
+    for node in gm.graph.nodes:
+        if node.name in returned and _is_tensor(node) and node.meta["val"].layout is torch.strided:
+            groups.setdefault(node.meta["val"].untyped_storage()._cdata, []).append(node.name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -75,7 +75,7 @@ class FlatPlan:
             ends.append(len(self._steps))
             if literals.writes(node):
                 last_write = j
-        self._output_builders = [literals.builder(output, registers) for output in spec.outputs]
+        self._output_builders = [literals.output_builder(output, registers) for output in spec.outputs]
         self._template = [None] * (num_registers - spec.num_inputs) + literals.values
         self._literals = literals
         self._registers = registers

@@ -116,6 +116,13 @@ class Literals:
         start, stop, step = (self.builder(part, registers) for part in (arg.start, arg.stop, arg.step))
         return lambda regs: slice(start(regs), stop(regs), step(regs))
 
+    def output_builder(self, arg: Arg, registers: list[int]) -> Builder:
+        """Like `builder`, for an output: a constant is copied, since whoever gets it may keep and update it."""
+        if isinstance(arg, Constant):
+            constant = self._constants[arg.index]
+            return lambda _: constant.clone()
+        return self.builder(arg, registers)
+
     def _sequence(self, arg: list[Arg] | tuple[Arg, ...], registers: list[int]) -> Builder:
         kind = type(arg)
         simple = self.registers(arg, registers)

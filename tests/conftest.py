@@ -28,6 +28,14 @@ def _strict_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
         monkeypatch.setenv("GENIE_STRICT", "0")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """As many threads as the worker has, so that both sides sum in the same order."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     """No compiled code of other tests before, none of this one after."""

@@ -62,7 +62,7 @@ _MATH_FUNCTIONS = (
     "cosh", "tanh", "pow",
 )
 _TORCH_FUNCTIONS = (
-    "sym_float", "sym_int", "sym_max", "sym_min", "sym_not", "sym_ite", "sym_sum", "sym_sqrt", "sym_fresh_size",
+    "sym_float", "sym_int", "sym_max", "sym_min", "sym_not", "sym_ite", "sym_sum", "sym_fresh_size",
     "_sym_sqrt", "_sym_cos", "_sym_cosh", "_sym_sin", "_sym_sinh", "_sym_tan", "_sym_tanh", "_sym_acos", "_sym_asin",
     "_sym_atan", "_sym_log2",
 )
@@ -195,6 +195,10 @@ def resolve(name: str, extra_namespaces: frozenset[str] = frozenset()) -> Callab
             f"--op-library <the Python module that registers {namespace}::>", op=name,
         )
     overload = _registered(namespace, rest)
+    if overload is None and namespace == "prims":
+        # Some of torch's own prims exist only once this fixed module of torch is there.
+        importlib.import_module("torch._inductor.inductor_prims")
+        overload = _registered(namespace, rest)
     if overload is None:
         hint = ""
         if namespace in _OP_LIBRARIES or namespace in extra_namespaces:

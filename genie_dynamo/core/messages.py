@@ -7,6 +7,9 @@ Field types:
     tensor   `(dtype code, shape, stride, payload[, gaps])`; see core/tensors.py. The payload is raw bytes
              where small and otherwise the index of a payload frame.
     argument an int, float, bool or None; or `(RESIDENT, tensor id, epoch)`; or `(INLINE, tensor)`.
+    value    an int, float, bool or None; or `(INLINE, tensor)`; or a view of memory that several values share:
+             `(SPAN, uint8 tensor, view)` brings the memory, `(ALIAS, index of the value with the SPAN, view)` refers
+             to it; a view is `(dtype code, shape, stride, offset in bytes)`.
 """
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ PROTOCOL_VERSION = 1
 
 RESIDENT = 0
 INLINE = 1
+ALIAS = 2
+SPAN = 3
 
 
 class Hello(NamedTuple):

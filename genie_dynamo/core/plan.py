@@ -72,6 +72,7 @@ class Plan:
     mutations: tuple[tuple[int, str], ...]        # (input position, value that it becomes)
     fragments: tuple[Fragment, ...]
     num_workers: int
+    aliases: tuple[tuple[str, ...], ...] = ()     # groups of returned values that share memory
     guards: GuardFacts = field(default_factory=GuardFacts)
 
     def producer(self, value: str) -> Fragment | None:
@@ -113,7 +114,7 @@ class Plan:
             data["fragments"] = tuple(Fragment(**_tuples(f)) for f in data["fragments"])
             data["outputs"] = tuple(Output(**o) for o in data["outputs"])
             data["guards"] = GuardFacts(**_tuples(data["guards"]))
-            for name in ("inputs", "static_inputs", "mutations"):
+            for name in ("inputs", "static_inputs", "mutations", "aliases"):
                 data[name] = _tuple(data[name])
             return cls(**data)
         except (TypeError, KeyError, ValueError) as exc:
@@ -166,6 +167,11 @@ def find_problems(plan: Plan, node_inputs: dict[str, tuple[str, ...]] | None = N
             available.add(rng_after(f.fragment_id))
     problems += [Problem(None, f"output {o.name} is made by no fragment")
                  for o in plan.outputs if o.kind in ("value", "saved") and o.name not in available]
+    for group in plan.aliases:
+        homes = {f.worker for f in plan.fragments if set(group) & set(f.outputs)}
+        if len(homes) > 1:
+            problems.append(Problem(None, f"outputs {', '.join(group)} share memory but are made on workers "
+                                          f"{sorted(homes)}; put them on one"))
     problems += [Problem(None, f"output {o} names no input") for o in plan.outputs
                  if o.kind == "input" and not 0 <= o.index < len(plan.inputs)]
     problems += [Problem(None, f"mutation of input {i} takes {v}, which no fragment makes")

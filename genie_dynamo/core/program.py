@@ -33,18 +33,19 @@ class WorkerProgram:
     sends: tuple[tuple[int, str, str], ...]          # (value id, peer address, peer key or "") to push when ready
     returns: tuple[int, ...]                         # value ids that go back to the client
     keeps: tuple[int, ...]                           # value ids that stay here under a handle
+    aliases: tuple[tuple[int, ...], ...] = ()        # groups of `returns` that share memory
     compiler: str = "flat"                           # "flat" | "inductor" | "auto"
 
     def to_wire(self) -> tuple[Any, ...]:
         fragments = tuple((f.fragment_id, f.spec, f.inputs, f.outputs, f.rng) for f in self.fragments)
         return (self.program_id, fragments, self.inputs, self.receives, self.sends, self.returns, self.keeps,
-                self.compiler)
+                self.aliases, self.compiler)
 
     @classmethod
     def from_wire(cls, data: Any) -> WorkerProgram:
         """Raises: ProtocolError where the array is not a program."""
         try:
-            program_id, fragments, inputs, receives, sends, returns, keeps, compiler = data
+            program_id, fragments, inputs, receives, sends, returns, keeps, aliases, compiler = data
             built = tuple(
                 FragmentProgram(fragment_id=_int(i), spec=_bytes(spec), inputs=_ints(a), outputs=_ints(b),
                                 rng=None if rng is None else (_int(rng[0]), _int(rng[1])))
@@ -55,7 +56,8 @@ class WorkerProgram:
             return cls(
                 program_id=_int(program_id), fragments=built, inputs=_ints(inputs), receives=_ints(receives),
                 sends=tuple((_int(v), str(address), str(key)) for v, address, key in sends),
-                returns=_ints(returns), keeps=_ints(keeps), compiler=compiler,
+                returns=_ints(returns), keeps=_ints(keeps),
+                aliases=tuple(_ints(group) for group in aliases), compiler=compiler,
             )
         except (TypeError, ValueError, IndexError) as exc:
             raise ProtocolError(f"not a program: {exc}") from exc
@@ -149,6 +151,7 @@ def worker_programs(
             sends=tuple(sends),
             returns=tuple(ids[v] for v in plan.returned_values() if v in made),
             keeps=tuple(ids[v] for v in keeps),
+            aliases=tuple(tuple(ids[v] for v in group) for group in plan.aliases if group[0] in made),
             compiler=compiler,
         )
     return programs

@@ -129,3 +129,38 @@ def view_memory(tensor: torch.Tensor, size_bytes: int) -> Any:
     buffer = (ctypes.c_char * size_bytes).from_address(tensor.data_ptr())
     buffer._owner = tensor  # type: ignore[attr-defined]
     return buffer
+
+
+View = tuple[Any, ...]
+_SPAN_ALIGNMENT_BYTES = 16
+
+
+def span_of(group: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[View]]:
+    """The memory that tensors over one storage touch, as a uint8 tensor, and each tensor as a view of it."""
+    ends = []
+    for tensor in group:
+        start = tensor.storage_offset() * tensor.element_size()
+        reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        ends.append((start, start + (reach + 1) * tensor.element_size() if tensor.numel() else start))
+    low = min(start for start, _ in ends)
+    low -= low % _SPAN_ALIGNMENT_BYTES
+    memory = torch.empty(0, dtype=torch.uint8, device=group[0].device)
+    memory.set_(group[0].untyped_storage(), low, (max(end for _, end in ends) - low,), (1,))
+    views = [(DTYPE_CODE[t.dtype], tuple(t.shape), t.stride(), start - low)
+             for t, (start, _) in zip(group, ends, strict=True)]
+    return memory, views
+
+
+def view_of(memory: torch.Tensor, view: View) -> torch.Tensor:
+    """A tensor over `memory`'s storage. Raises: ProtocolError or RuntimeError where it reaches beyond it."""
+    code, shape, stride, offset_bytes = view
+    dtype, shape, stride, _, _ = check_form((code, shape, stride, b""))
+    if type(offset_bytes) is not int or offset_bytes < 0 or offset_bytes % dtype.itemsize:
+        raise ProtocolError(f"a view of {dtype} cannot start at byte {offset_bytes!r}")
+    if memory.storage_offset():
+        memory = memory.clone()
+    start = offset_bytes // dtype.itemsize
+    reach = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 if numel(shape) else 0
+    if offset_bytes + reach * dtype.itemsize > memory.numel():
+        raise ProtocolError(f"a view of shape {shape} and stride {stride} reaches beyond {memory.numel()} bytes")
+    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), start, shape, stride)

@@ -21,6 +21,7 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import GenieError, StaleHandleError, WorkerLostError, WorkerTimeoutError
 from genie_dynamo.core.plan import Plan
+from genie_dynamo.core.tensors import view_of
 from genie_dynamo.runtime.client.binding import RNG_ARGUMENT, Binding, BoundProgram, bind
 from genie_dynamo.runtime.client.calls import Answered, Broke, CallState
 from genie_dynamo.runtime.client.connection import POLL_MS, Connection, to_error
@@ -333,13 +334,21 @@ class RemoteGraph:
             return
         inline = 0
         landed: list[tuple[int, Any]] = []
+        spans: dict[int, torch.Tensor] = {}
         for index, value in message.values:
             if type(value) is tuple:
+                if value[0] == m.ALIAS:
+                    landed.append((index, view_of(spans[value[1]], value[2])))
+                    continue
                 size = payload_bytes(value[1], frames)
                 inline += size if type(value[1][3]) is bytes else 0
                 reason = self._reason_down(part.bound, index)
                 received[reason] = received.get(reason, 0) + size
+                kind, view = value[0], value[-1]
                 value = self._lane.land(value[1], frames, CPU)
+                if kind == m.SPAN:
+                    spans[index] = value
+                    value = view_of(value, view)
             landed.append((index, value))
         received["control"] = received.get("control", 0) + header_bytes - inline
         state.handle(Answered(worker, message, tuple(landed)))

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,14 @@ SHORT_NODES = 16
 
 Emit = Callable[[RunRecord, int, Any], bool]
 """`emit(run, value id, value)`: returns whether the value has been sent to the client."""
+
+
+class SharedView(NamedTuple):
+    """An output that shares memory with others. The first of them carries the memory, the others its index."""
+
+    memory: torch.Tensor | None
+    index: int
+    view: tensors.View
 
 
 class LoadedFragment:
@@ -62,7 +70,8 @@ class LoadedProgram:
         self.program = program
         self.fragments = fragments
         self.return_index = {value: index for index, value in enumerate(program.returns)}
-        self.leaves_early = {value for value, _, _ in program.sends} | set(program.returns)
+        shared = {value for group in program.aliases for value in group}
+        self.leaves_early = {value for value, _, _ in program.sends} | (set(program.returns) - shared)
         first = fragments[0]
         self.short: LoadedFragment | None = None
         """The only fragment, where nothing is gained by running it in slices or sending parts of its result early."""
@@ -91,6 +100,10 @@ class Engine:
     def stage(self, value: Any, frames: list[Any]) -> Any:
         if isinstance(value, torch.Tensor):
             return (m.INLINE, self.lane.stage(value, frames))
+        if isinstance(value, SharedView):
+            if value.memory is None:
+                return (m.ALIAS, value.index, value.view)
+            return (m.SPAN, self.lane.stage(value.memory, frames), value.view)
         return value
 
     def form(self, value: Any) -> Any:
@@ -239,8 +252,27 @@ class Engine:
     def results(self, run: RunRecord, sent: set[int]) -> tuple[tuple[tuple[int, Any], ...], tuple[Any, ...]]:
         """`((return index, value) not sent yet, kept values)` of a run that is done."""
         program, env = run.program, run.env
-        values = tuple((i, env[v]) for i, v in enumerate(program.returns) if v not in sent)
-        return values, tuple(env[v] for v in program.keeps)
+        kept = tuple([env[v] for v in program.keeps])
+        if program.aliases:
+            _share(run)
+        values = tuple([(i, env[v]) for i, v in enumerate(program.returns) if v not in sent])
+        return values, kept
+
+
+def _share(run: RunRecord) -> None:
+    """Outputs that share memory leave as views of one span, so that they share it at the client too."""
+    env, place = run.env, run.loaded.return_index
+    for group in run.program.aliases:
+        by_storage: dict[int, list[int]] = {}
+        for value_id in sorted(group, key=place.__getitem__):
+            value = env[value_id]
+            if isinstance(value, torch.Tensor) and not value.is_conj() and not value.is_neg():
+                by_storage.setdefault(value.untyped_storage().data_ptr(), []).append(value_id)
+        for ids in by_storage.values():
+            if len(ids) > 1:
+                memory, views = tensors.span_of([env[v] for v in ids])
+                for number, (value_id, view) in enumerate(zip(ids, views, strict=True)):
+                    env[value_id] = SharedView(memory if number == 0 else None, place[ids[0]], view)
 
 
 def _supply(flat: FlatRun, program: FragmentProgram, env: dict[int, Any]) -> None:

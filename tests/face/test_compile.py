@@ -1,0 +1,440 @@
+"""What a user does with torch.compile(backend="genie") and genie.compile, against eager."""
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import genie_dynamo as genie
+
+pytestmark = pytest.mark.usefixtures("session", "fresh_dynamo")
+
+
+def same(actual: Any, expected: Any) -> None:
+    """Equal values, dtypes and strides, through tuples and None."""
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert actual.stride() == expected.stride() and actual.requires_grad == expected.requires_grad
+    elif isinstance(expected, tuple | list):
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            same(a, e)
+    else:
+        assert actual == expected
+
+
+def check(f: Callable[..., Any], *args: Any, **compile_options: Any) -> None:
+    """Compiled and eager give the same, on inputs of their own, and leave their inputs the same."""
+    mine, theirs = copy.deepcopy(args), copy.deepcopy(args)
+    torch.manual_seed(7)
+    expected = f(*theirs)
+    state = torch.get_rng_state()
+    for _ in range(2):
+        inputs = copy.deepcopy(args)
+        torch.manual_seed(7)
+        same(torch.compile(f, backend="genie", **compile_options)(*inputs), expected)
+        assert torch.equal(torch.get_rng_state(), state)
+        same(list(inputs), list(theirs))
+    assert genie.get_stats()["fragment_runs"] >= 1
+    del mine
+
+
+def remote_runs() -> int:
+    return int(genie.get_stats()["fragment_runs"])
+
+
+# -- what kinds of things can be compiled ---------------------------------------------------------------------
+
+
+def test_a_function_a_method_a_module_and_a_class() -> None:
+    @genie.compile
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    class Scaler:
+        factor = 3
+
+        @genie.compile(fullgraph=True)
+        def scale(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.factor
+
+    @genie.compile
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super(Net, self).__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x).relu()
+
+    x = torch.randn(4, 3)
+    same(double(x), x * 2)
+    same(Scaler().scale(x), x * 3)
+    net = Net()
+    assert isinstance(net, nn.Module) and set(dict(net.named_parameters())) == {"linear.weight", "linear.bias"}
+    same(net(x), net.linear(x).relu())
+    module = genie.compile(nn.Linear(3, 2))
+    assert isinstance(module, nn.Module)
+    module(x)
+    assert remote_runs() == 4
+
+
+def test_one_submodule_of_a_model_whose_rest_stays_local() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    expected = net(x := torch.randn(3, 4))
+    net[0] = genie.compile(net[0])
+    same(net(x), expected)
+    assert remote_runs() == 1
+
+
+@pytest.mark.parametrize("target", [3, "text", dict, nn.Linear])
+def test_other_things_are_refused(target: Any) -> None:
+    with pytest.raises(genie.ConfigError):
+        genie.compile(target)
+
+
+# -- shapes, dtypes, layouts ----------------------------------------------------------------------------------
+
+
+def test_dynamic_shapes_compile_once() -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("genie")
+    compiled = torch.compile(lambda x: (x.softmax(-1) * x.shape[0]).sum(0), backend=counter, dynamic=True)
+    for rows, columns in ((3, 4), (5, 2), (7, 9), (11, 3)):
+        x = torch.randn(rows, columns)
+        same(compiled(x), (x.softmax(-1) * rows).sum(0))
+    assert counter.frame_count == 1
+
+
+def test_shapes_become_dynamic_by_themselves() -> None:
+    compiled = torch.compile(lambda x: x.sum(1) + x.size(1), backend="genie")
+    for size in (3, 4, 5, 6, 1):
+        x = torch.randn(2, size)
+        same(compiled(x), x.sum(1) + size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+                                   torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128])
+def test_dtypes(dtype: torch.dtype) -> None:
+    x = torch.tensor([[0, 1, 2], [3, 0, 1]]).to(dtype)
+    check(lambda x: (x.t(), x + x, x == x.flip(0), x.to(torch.float64) if not x.is_complex() else x.conj()), x)
+
+
+def test_float8() -> None:
+    x = torch.randn(4, 4)
+    compiled = torch.compile(lambda x: x.to(torch.float8_e4m3fn), backend="genie")
+    assert torch.equal(compiled(x).float(), x.to(torch.float8_e4m3fn).float())
+    half = x.to(torch.float8_e5m2)
+    same(torch.compile(lambda x: x.to(torch.float32) * 2, backend="genie")(half), half.to(torch.float32) * 2)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: torch.randn(2, 3, 5, 4).to(memory_format=torch.channels_last),
+    lambda: torch.randn(2, 3, 5, 4).transpose(0, 3),
+    lambda: torch.randn(2, 6, 10, 4)[:, ::2, ::2],
+    lambda: torch.randn(1, 3, 1, 4).expand(2, 3, 5, 4),
+    lambda: torch.randn(3).as_strided((2, 3, 5, 4), (0, 1, 0, 0)),
+    lambda: torch.randn(0, 3, 5, 4),
+])
+def test_strides_of_inputs_and_outputs(make: Callable[[], torch.Tensor]) -> None:
+    check(lambda x: (x + 1, x.relu().transpose(1, 2), x.sum(0), nn.functional.pad(x, (1, 1))), make())
+
+
+def test_convolution_in_channels_last_forward_and_backward() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)).to(memory_format=torch.channels_last)
+    reference = copy.deepcopy(net)
+    x = torch.randn(2, 3, 12, 12).to(memory_format=torch.channels_last)
+    compiled = torch.compile(net, backend="genie")
+    for _ in range(2):
+        a, b = compiled(x), reference(x)
+        same(a, b)
+        a.square().sum().backward()
+        b.square().sum().backward()
+    for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+        same(p.grad, q.grad)
+    for p, q in zip(net.buffers(), reference.buffers(), strict=True):
+        same(p, q)
+
+
+# -- outputs, aliasing, side effects --------------------------------------------------------------------------
+
+
+def test_none_scalars_inputs_and_aliases_among_the_outputs() -> None:
+    def f(x: torch.Tensor, n: int) -> tuple[Any, ...]:
+        y = x * n
+        return None, x, y, y[0], y.view(-1), n, (y.sum(), [x.t()])
+
+    check(f, torch.randn(3, 4), 5)
+    x = torch.randn(3, 4)
+    out = torch.compile(f, backend="genie")(x, 5)
+    assert out[1] is x
+    out[2].zero_()
+    assert not out[3].any() and not out[4].any(), "views of an output are views"
+    x.fill_(2)
+    assert bool((out[6][1][0] == 2).all()), "a view of an input is a view"
+
+
+def test_inputs_and_buffers_are_changed_in_place() -> None:
+    def f(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a.add_(1)
+        b[1:].mul_(2)
+        b.t_()
+        return a.sum() + b.sum()
+
+    check(f, torch.randn(3), torch.randn(4, 2))
+
+
+def test_batchnorm_buffers_follow_through_training_and_eval() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    reference = copy.deepcopy(net)
+    compiled = torch.compile(net, backend="genie")
+    for step in range(6):
+        for module in (net, reference):
+            module.train(step % 3 != 2)
+        x = torch.randn(8, 4)
+        same(compiled(x), reference(x))
+        for a, b in zip(net.buffers(), reference.buffers(), strict=True):
+            same(a, b)
+
+
+def test_graph_breaks_and_python_side_effects() -> None:
+    log: list[int] = []
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        log.append(len(log))
+        torch._dynamo.graph_break()
+        return y.cos() if y.sum() > 0 else y.tan()
+
+    compiled = torch.compile(f, backend="genie")
+    for x in (torch.ones(3), -torch.ones(3), torch.randn(3)):
+        same(compiled(x), f(x))
+    assert log == list(range(6)) and remote_runs() >= 4
+
+
+def test_tied_weights_and_tensor_constants() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(7, 4)
+            self.head = nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, i: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embedding(i) + torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+    net = Tied()
+    reference = copy.deepcopy(net)
+    compiled, i = torch.compile(net, backend="genie"), torch.tensor([1, 5, 5])
+    for run, module in ((compiled, net), (reference, reference)):
+        run(i).logsumexp(-1).sum().backward()
+        del module
+    same(net.head.weight.grad, reference.head.weight.grad)
+
+
+# -- modes ----------------------------------------------------------------------------------------------------
+
+
+def test_autocast_no_grad_and_inference_mode() -> None:
+    net = nn.Linear(8, 8)
+    compiled, x = torch.compile(net, backend="genie"), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected = compiled(x), net(x)
+    assert actual.dtype is torch.bfloat16
+    torch.testing.assert_close(actual, expected)
+    with torch.no_grad():
+        same(compiled(x), net(x))
+    with torch.inference_mode():
+        actual = compiled(x)
+        assert actual.is_inference()
+        torch.testing.assert_close(actual, net(x))
+    with torch.inference_mode():
+        frozen = nn.Linear(8, 8)
+        torch.testing.assert_close(torch.compile(frozen, backend="genie")(x), frozen(x))
+
+
+def test_dropout_and_random_ops_with_a_seed() -> None:
+    check(lambda x: (nn.functional.dropout(x, 0.5), torch.rand_like(x), torch.randint(0, 9, (3,)), torch.bernoulli(x.sigmoid())),
+          torch.randn(6, 6))
+    net = nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.5), nn.Linear(32, 1))
+    reference = copy.deepcopy(net)
+    compiled, x = torch.compile(net, backend="genie"), torch.randn(5, 4)
+    for run in (compiled, reference):
+        torch.manual_seed(3)
+        run(x).sum().backward()
+    for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+        same(p.grad, q.grad)
+
+
+def test_higher_order_ops() -> None:
+    from torch._higher_order_ops.associative_scan import associative_scan
+    from torch._higher_order_ops.scan import scan
+    from torch._higher_order_ops.while_loop import while_loop
+    from torch.nn.attention.flex_attention import flex_attention
+
+    check(lambda x: torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,)), torch.randn(4))
+    check(lambda n, x: while_loop(lambda n, x: n < 5, lambda n, x: (n + 1, x * 2), (n, x)), torch.tensor(0), torch.randn(3))
+    check(lambda x: scan(lambda c, x: (c + x, c * x), torch.zeros(3), x, dim=0), torch.randn(5, 3))
+    check(lambda x: associative_scan(torch.add, x, dim=0, combine_mode="generic"), torch.randn(8, 3))
+    q, k, v = (torch.randn(1, 2, 16, 8) for _ in range(3))
+    check(lambda q, k, v: flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + (i - j)), q, k, v)
+
+
+# -- autograd -------------------------------------------------------------------------------------------------
+
+
+def net_and_input() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 2)), torch.randn(6, 4)
+
+
+def gradients(run: Callable[[], torch.Tensor], net: nn.Module, **options: Any) -> list[torch.Tensor]:
+    net.zero_grad()
+    loss = run()
+    loss.backward(**options)
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+
+def test_backward_twice_with_retain_graph() -> None:
+    net, x = net_and_input()
+    compiled = torch.compile(net, backend="genie")
+    loss = compiled(x).square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    twice = [p.grad / 2 for p in net.parameters() if p.grad is not None]
+    same(twice, gradients(lambda: net(x).square().sum(), net))
+
+
+@pytest.mark.parametrize("around", [
+    lambda f, x: f(x),
+    lambda f, x: checkpoint(f, x, use_reentrant=False),
+    lambda f, x: checkpoint(f, x.requires_grad_(), use_reentrant=True),
+])
+def test_checkpoint_around_a_compiled_model(around: Callable[..., torch.Tensor]) -> None:
+    net, x = net_and_input()
+    compiled = torch.compile(net, backend="genie")
+    expected = gradients(lambda: net(x).square().sum(), net)
+    same(gradients(lambda: around(compiled, x).square().sum(), net), expected)
+
+
+def test_saved_tensors_hooks_see_real_activations() -> None:
+    net, x = net_and_input()
+    compiled = torch.compile(net, backend="genie")
+    expected = gradients(lambda: net(x).square().sum(), net)
+    with torch.autograd.graph.save_on_cpu():
+        same(gradients(lambda: compiled(x).square().sum(), net), expected)
+
+
+def test_activations_stay_on_the_worker_and_are_freed() -> None:
+    net, x = net_and_input()
+    compiled = torch.compile(net, backend="genie")
+    compiled(x).sum().backward()
+    genie.reset_stats()
+    loss = compiled(x).sum()
+    moved = genie.get_stats()["by_reason"]
+    assert moved["outputs"]["received"] == 6 * 2 * 4 and moved["state"]["received"] == 0
+    held = genie.get_stats()["workers"]["w0"]["resident_tensors"]
+    loss.backward()
+    del loss
+    gc.collect()
+    until(lambda: genie.get_stats()["workers"]["w0"]["resident_tensors"] < held)
+    assert genie.get_stats()["workers"]["w0"]["resident_tensors"] == len(list(net.parameters()))
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_a_compiled_optimizer_step() -> None:
+    net, x = net_and_input()
+    reference = copy.deepcopy(net)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (net, reference)]
+    step = torch.compile(optimizers[0].step, backend="genie")
+    compiled = torch.compile(net, backend="genie")
+    for _ in range(4):
+        for run, optimizer, go in ((compiled, optimizers[0], step), (reference, optimizers[1], optimizers[1].step)):
+            optimizer.zero_grad()
+            run(x).square().sum().backward()
+            go()
+    for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
+# -- what stays on the worker, and what that saves ------------------------------------------------------------
+
+
+def test_weights_go_up_once_and_again_when_they_change() -> None:
+    net = nn.Linear(100, 100)
+    size = sum(p.numel() * 4 for p in net.parameters())
+    compiled, x = torch.compile(net, backend="genie"), torch.randn(2, 100)
+    sent = []
+    with torch.no_grad():
+        for edit in (None, None, lambda: net.weight.mul_(2), None, lambda: net.load_state_dict(net.state_dict()),
+                     lambda: genie.invalidate(net), None):
+            if edit is not None:
+                edit()
+            genie.reset_stats()
+            same(compiled(x), net(x))
+            sent.append(genie.get_stats()["by_reason"]["weights"]["sent"])
+    assert sent == [size, 0, 40000, 0, size, size, 0]
+
+
+def test_blind_sends_everything_every_time_and_is_as_right() -> None:
+    net, x = net_and_input()
+    compiled = torch.compile(net, backend="genie", options={"awareness": "blind"})
+    expected = gradients(lambda: net(x).square().sum(), net)
+    for _ in range(2):
+        genie.reset_stats()
+        same(gradients(lambda: compiled(x).square().sum(), net), expected)
+        moved = genie.get_stats()["by_reason"]
+        assert moved["weights"]["sent"] >= sum(p.numel() * 4 for p in net.parameters())
+        assert moved["state"]["received"] > 0, "activations come down"
+
+
+def test_a_dropped_graph_and_its_weights_leave_the_worker() -> None:
+    def resident() -> tuple[int, int]:
+        row = genie.get_stats()["workers"]["w0"]
+        return row["programs"], row["resident_tensors"]
+
+    gc.collect()
+    time.sleep(2.5)        # what earlier tests left goes with the housekeeping of each second
+    before = resident()
+    net = nn.Linear(5, 5)
+    compiled = torch.compile(net, backend="genie")
+    compiled(torch.randn(2, 5)).sum().backward()
+    assert resident()[0] == before[0] + 2 and resident()[1] >= before[1] + 2
+    del compiled, net
+    torch._dynamo.reset()
+    gc.collect()
+    until(lambda: all(now <= then for now, then in zip(resident(), before, strict=True)))
+
+
+def test_verify_compares_with_a_local_run() -> None:
+    net, x = net_and_input()
+    compiled = torch.compile(net, backend="genie", options={"verify": 1.0})
+    expected = gradients(lambda: net(x).square().sum(), net)
+    same(gradients(lambda: compiled(x).square().sum(), net), expected)
+    assert genie.get_stats()["events"]["call verified"] == 2
+
+
+def test_stats_have_the_documented_shape() -> None:
+    torch.compile(lambda x: x + 1, backend="genie")(torch.ones(256))
+    stats = genie.get_stats()
+    assert {"calls", "fragment_runs", "bytes_sent", "bytes_received", "by_reason", "seconds", "fallbacks", "workers"} <= set(stats)
+    assert set(stats["by_reason"]) == {"weights", "inputs", "outputs", "state", "gradients", "control"}
+    assert set(stats["seconds"]) == {"dispatch", "wait", "transfer", "compute"}
+    assert stats["by_reason"]["inputs"]["sent"] == stats["by_reason"]["outputs"]["received"] == 1024
+    assert stats["bytes_sent"] == sum(r["sent"] for r in stats["by_reason"].values())
+    worker = stats["workers"]["w0"]
+    assert worker["calls"] == stats["calls"] == 1 and worker["memory_bytes"] > 0 and worker["incarnation"]
+    genie.reset_stats()
+    assert genie.get_stats()["calls"] == 0
