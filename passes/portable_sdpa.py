@@ -33,7 +33,6 @@ _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "
 _DEFAULTS: dict[str, Any] = {
     "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
-_FUNCTORCH_MODULES = ("torch._functorch", "torch._C._functorch", "functorch")
 
 
 class _Refused(Exception):
@@ -67,8 +66,9 @@ class PortableSdpa:
         nodes = [(module, node) for module in graphs for node in module.graph.nodes if node.target in _TARGETS]
         if not nodes:
             return ()
-        reason = _refused_altogether(graphs, facts)
-        outcomes = [NoMatch(node=node.name, reason=reason) if reason else self._visit(node) for _, node in nodes]
+        refused = _refused_by_context(gm, graphs, facts)
+        outcomes = [NoMatch(node=node.name, reason=refused[node]) if node in refused else self._visit(node)
+                    for _, node in nodes]
         for module in dict.fromkeys(module for module, _ in nodes):
             module.graph.lint()
             module.recompile()
@@ -112,22 +112,53 @@ class PortableSdpa:
             raise _Refused(f"{name} is {value.dtype}, not floating point")
 
 
-def _refused_altogether(graphs: list[fx.GraphModule], facts: CaptureFacts) -> str:
-    """Why no call of these graphs may be rewritten, or nothing."""
+def _refused_by_context(
+    gm: fx.GraphModule, graphs: list[fx.GraphModule], facts: CaptureFacts
+) -> dict[fx.Node, str]:
+    """The nodes that may not be rewritten for what surrounds them, and why."""
+    reason = ""
     if facts.sdp_backends_limited:
-        return "kernels of scaled_dot_product_attention are switched off here, which a worker would not know"
-    if facts.forward_ad:
-        return "forward-mode differentiation has no rule for genie::sdpa"
+        reason = "kernels of scaled_dot_product_attention are switched off here, which a worker would not know"
+    elif facts.forward_ad:
+        reason = "forward-mode differentiation has no rule for genie::sdpa"
+    else:
+        chooser = next((node for module in graphs for node in module.graph.nodes if _chooses_kernels(node)), None)
+        if chooser is not None:
+            reason = f"the graph chooses kernels itself ({chooser.name}: torch.nn.attention.sdpa_kernel)"
+    if reason:
+        return {node: reason for module in graphs for node in module.graph.nodes}
+    return _under_functorch(gm, graphs)
+
+
+def _chooses_kernels(node: fx.Node) -> bool:
+    origin = str(getattr(node.target, "__module__", "") or "")
+    return origin.startswith("torch.nn.attention") and "sdpa" in getattr(node.target, "__name__", "")
+
+
+def _under_functorch(gm: fx.GraphModule, graphs: list[fx.GraphModule]) -> dict[fx.Node, str]:
+    """Nodes between the beginning and the end of a transform (vmap, grad, jvp), which nest like brackets.
+
+    A graph nested in one with transforms may be called inside of them: all its nodes count.
+    """
+    found: dict[fx.Node, str] = {}
+    transforms: list[str] = []
     for module in graphs:
+        open_transforms: list[str] = []
         for node in module.graph.nodes:
-            if node.op != "call_function":
-                continue
-            origin = str(getattr(node.target, "__module__", "") or "")
-            if origin.startswith(_FUNCTORCH_MODULES):
-                return f"the graph is under a functorch transform ({node.name}), which has no rule for genie::sdpa"
-            if origin.startswith("torch.nn.attention") and "sdpa" in getattr(node.target, "__name__", ""):
-                return f"the graph chooses kernels itself ({node.name}: torch.nn.attention.sdpa_kernel)"
-    return ""
+            name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+            if name.endswith("_increment_nesting"):
+                open_transforms.append(node.name)
+                transforms.append(node.name)
+            elif name.endswith("_decrement_nesting") and open_transforms:
+                open_transforms.pop()
+            elif open_transforms:
+                found[node] = f"it is under a functorch transform ({open_transforms[-1]}); genie::sdpa has no rule"
+    if transforms:
+        for module in graphs:
+            if module is not gm:
+                reason = f"it may be called under a functorch transform ({transforms[0]})"
+                found |= {node: reason for node in module.graph.nodes if node not in found}
+    return found
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
