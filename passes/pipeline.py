@@ -61,7 +61,7 @@ class PipelineReport:
 
 def read_capture_facts() -> CaptureFacts:
     """What holds in this process now. Call it inside the backend, while Dynamo compiles."""
-    cuda = torch.backends.cuda      # named so, but the switches hold for every device
+    cuda: Any = torch.backends.cuda      # named so, but the switches hold for every device
     all_on = cuda.flash_sdp_enabled() and cuda.math_sdp_enabled() and cuda.mem_efficient_sdp_enabled()
     forward_ad = torch.autograd.forward_ad._current_level >= 0
     return CaptureFacts(sdp_backends_limited=not all_on, forward_ad=forward_ad)

@@ -253,7 +253,7 @@ class Authenticator:
         inner = self._inner
         if inner.pipe is not None and not inner.is_alive():
             inner.pipe.close(linger=0)      # nobody reads it any more: stop() would wait for ever
-            inner.pipe = None
+            inner.pipe = None  # type: ignore[assignment]  # as the class itself does
         inner.stop()
 
     def __enter__(self) -> Self:

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Grads = tuple[Tensor, Tensor, Tensor]
 
-_LIBRARY = torch.library.Library("genie", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("genie", "FRAGMENT")  # type: ignore[no-untyped-call]
 _SIGNATURE = "Tensor q, Tensor k, Tensor v"
 _OPTIONS = "Tensor? attn_mask=None, bool is_causal=False, float? scale=None, bool enable_gqa=False"
 _TAGS = tuple(
@@ -179,11 +179,11 @@ def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 # ---------------------------------------------------------------- tracing
-class _SeesFlash(TorchDispatchMode):
+class _SeesFlash(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notices which way the composite op goes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_flash = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
