@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -154,6 +155,7 @@ def test_fake_kernels_say_what_the_real_ones_do(name: str) -> None:
             assert tuple(int(n) for n in fake.stride()) == real.stride()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "dynamic"), [
     ("heads second", False), ("contiguous", True), ("causal", True), ("bool mask per batch", True), ("3 dims", True),
     ("other value width", True), ("grouped heads", True), ("bfloat16", True), ("no keys", False)])
@@ -168,7 +170,7 @@ def test_compiled_by_aot_autograd(name: str, dynamic: bool, fresh_dynamo: None) 
 
 
 def test_one_compilation_serves_all_lengths(fresh_dynamo: None) -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda q, k, v: sdpa(q, k, v, None, True)[0], backend=counter, dynamic=True)
     for length in (5, 6, 31):
         q, k, v = (heads_second(randn(B, H, length, E)) for _ in range(3))
@@ -191,6 +193,7 @@ def test_only_some_inputs_may_want_gradients(wanted: tuple[int, ...]) -> None:
             assert_same(grad, expected)
 
 
+@pytest.mark.heavy
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_random_shapes_masks_and_layouts(data: st.DataObject) -> None:
@@ -264,6 +267,7 @@ def test_a_mask_that_wants_a_gradient_is_refused_and_not_forgotten() -> None:
         assert_same(sdpa(q, k, v, mask)[0], F.scaled_dot_product_attention(q, k, v, mask))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["heads second", "bool mask per batch", "grouped heads", "3 dims"])
 def test_registration_holds_torchs_own_rules(name: str) -> None:
     case = CASES[name]

@@ -344,6 +344,7 @@ def _tiny(name: str) -> nn.Module:
         attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_transformers_models_are_equal_to_the_bit(name: str, train: bool) -> None:
