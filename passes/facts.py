@@ -32,10 +32,12 @@ def read_facts(gm: fx.GraphModule, kind: str) -> GraphFacts:
     if metadata is None or kind == "backward":
         return GraphFacts(kind=kind, static_inputs=(), bumped=frozenset(), num_outputs=num_outputs)
     num_inputs = sum(node.op == "placeholder" for node in gm.graph.nodes)
-    static = tuple(i for i in metadata.static_input_indices or () if i < num_inputs)
-    bumped = frozenset(metadata.mutated_graph_handled_indices_seen_by_autograd)
+    # Effect tokens (ops that check or print) come before the graph's own inputs and outputs.
+    tokens = len(metadata.tokens)
+    static = tuple(i + tokens for i in metadata.static_input_indices or () if i + tokens < num_inputs)
+    bumped = frozenset(i + tokens for i in metadata.mutated_graph_handled_indices_seen_by_autograd)
     if kind == "forward":
-        num_outputs = metadata.num_forward
+        num_outputs = metadata.num_forward + tokens
     return GraphFacts(kind=kind, static_inputs=static, bumped=bumped, num_outputs=num_outputs)
 
 

@@ -34,6 +34,7 @@ def plan_graph(gm: fx.GraphModule, facts: GraphFacts, guards: GuardFacts | None 
     body = [n for n in gm.graph.nodes if n.op in ("call_function", "get_attr") and n not in epilogue]
     outputs = _output_rules(gm, facts, index_of, epilogue)
     wanted = {o.name for o in outputs} | {source.name for _, source in epilogue.values()}
+    views, groups = _shared_memory(gm, {o.name for o in outputs if o.kind == "value"})
     plan = Plan(
         graph_id=hashlib.sha256(gm.code.encode()).hexdigest(),
         inputs=tuple(node.name for node in placeholders),
@@ -42,7 +43,8 @@ def plan_graph(gm: fx.GraphModule, facts: GraphFacts, guards: GuardFacts | None 
         mutations=tuple((index, source.name) for index, source in epilogue.values()),
         fragments=_fragments(body, wanted, assign or (lambda node: 0)),
         num_workers=num_workers,
-        aliases=_alias_groups(gm, {o.name for o in outputs if o.kind == "value"}),
+        aliases=tuple(group for group in groups.values() if len(group) > 1),
+        input_views=views,
         guards=guards or GuardFacts(),
     )
     verify_plan(plan, {n.name: tuple(dict.fromkeys(i.name for i in n.all_input_nodes)) for n in body})
@@ -93,13 +95,27 @@ def _output_rules(gm: fx.GraphModule, facts: GraphFacts, index_of: dict[fx.Node,
     return tuple(rules)
 
 
-def _alias_groups(gm: fx.GraphModule, returned: set[str]) -> tuple[tuple[str, ...], ...]:
-    """Returned values that share memory: AOTAutograd leaves it to the compiler to keep that, where no grad is needed."""
-    groups: dict[int, list[str]] = {}
+def _shared_memory(gm: fx.GraphModule,
+                   returned: set[str]) -> tuple[tuple[tuple[str, str], ...], dict[int, tuple[str, ...]]]:
+    """`((value, input it is a view of), ...)`, and the other returned values by the memory they are in.
+
+    AOTAutograd rebuilds most views itself, but leaves it to the compiler to keep those among outputs where no grad is
+    needed, and those of ops with several outputs (chunk, split, unbind).
+    """
+    inputs: dict[int, str] = {}
+    views: list[tuple[str, str]] = []
+    groups: dict[int, tuple[str, ...]] = {}
     for node in gm.graph.nodes:
-        if node.name in returned and _is_tensor(node) and node.meta["val"].layout is torch.strided:
-            groups.setdefault(node.meta["val"].untyped_storage()._cdata, []).append(node.name)
-    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+        if not _is_tensor(node) or node.meta["val"].layout is not torch.strided:
+            continue
+        memory = node.meta["val"].untyped_storage()._cdata
+        if node.op == "placeholder":
+            inputs.setdefault(memory, node.name)
+        elif node.name in returned and memory in inputs:
+            views.append((node.name, inputs[memory]))
+        elif node.name in returned:
+            groups[memory] = (*groups.get(memory, ()), node.name)
+    return tuple(views), groups
 
 
 def _is_tensor(node: fx.Node) -> bool:

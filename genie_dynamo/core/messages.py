@@ -9,7 +9,8 @@ Field types:
     argument an int, float, bool or None; or `(RESIDENT, tensor id, epoch)`; or `(INLINE, tensor)`.
     value    an int, float, bool or None; or `(INLINE, tensor)`; or a view of memory that several values share:
              `(SPAN, uint8 tensor, view)` brings the memory, `(ALIAS, index of the value with the SPAN, view)` refers
-             to it; a view is `(dtype code, shape, stride, offset in bytes)`.
+             to it; `(INPUT_VIEW, view)` is one of the memory of the call's own input, with the offset counted from
+             that input's first element; a view is `(dtype code, shape, stride, offset in bytes)`.
 """
 from __future__ import annotations
 
@@ -23,6 +24,7 @@ RESIDENT = 0
 INLINE = 1
 ALIAS = 2
 SPAN = 3
+INPUT_VIEW = 4
 
 
 class Hello(NamedTuple):

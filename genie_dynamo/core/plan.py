@@ -73,6 +73,7 @@ class Plan:
     fragments: tuple[Fragment, ...]
     num_workers: int
     aliases: tuple[tuple[str, ...], ...] = ()     # groups of returned values that share memory
+    input_views: tuple[tuple[str, str], ...] = () # (returned value, input whose memory it is a view of)
     guards: GuardFacts = field(default_factory=GuardFacts)
 
     def producer(self, value: str) -> Fragment | None:
@@ -114,7 +115,7 @@ class Plan:
             data["fragments"] = tuple(Fragment(**_tuples(f)) for f in data["fragments"])
             data["outputs"] = tuple(Output(**o) for o in data["outputs"])
             data["guards"] = GuardFacts(**_tuples(data["guards"]))
-            for name in ("inputs", "static_inputs", "mutations", "aliases"):
+            for name in ("inputs", "static_inputs", "mutations", "aliases", "input_views"):
                 data[name] = _tuple(data[name])
             return cls(**data)
         except (TypeError, KeyError, ValueError) as exc:

@@ -34,18 +34,19 @@ class WorkerProgram:
     returns: tuple[int, ...]                         # value ids that go back to the client
     keeps: tuple[int, ...]                           # value ids that stay here under a handle
     aliases: tuple[tuple[int, ...], ...] = ()        # groups of `returns` that share memory
+    input_views: tuple[tuple[int, int], ...] = ()    # (one of `returns`, one of `inputs` that it is a view of)
     compiler: str = "flat"                           # "flat" | "inductor" | "auto"
 
     def to_wire(self) -> tuple[Any, ...]:
         fragments = tuple((f.fragment_id, f.spec, f.inputs, f.outputs, f.rng) for f in self.fragments)
         return (self.program_id, fragments, self.inputs, self.receives, self.sends, self.returns, self.keeps,
-                self.aliases, self.compiler)
+                self.aliases, self.input_views, self.compiler)
 
     @classmethod
     def from_wire(cls, data: Any) -> WorkerProgram:
         """Raises: ProtocolError where the array is not a program."""
         try:
-            program_id, fragments, inputs, receives, sends, returns, keeps, aliases, compiler = data
+            program_id, fragments, inputs, receives, sends, returns, keeps, aliases, views, compiler = data
             built = tuple(
                 FragmentProgram(fragment_id=_int(i), spec=_bytes(spec), inputs=_ints(a), outputs=_ints(b),
                                 rng=None if rng is None else (_int(rng[0]), _int(rng[1])))
@@ -57,7 +58,8 @@ class WorkerProgram:
                 program_id=_int(program_id), fragments=built, inputs=_ints(inputs), receives=_ints(receives),
                 sends=tuple((_int(v), str(address), str(key)) for v, address, key in sends),
                 returns=_ints(returns), keeps=_ints(keeps),
-                aliases=tuple(_ints(group) for group in aliases), compiler=compiler,
+                aliases=tuple(_ints(group) for group in aliases),
+                input_views=tuple((_int(v), _int(source)) for v, source in views), compiler=compiler,
             )
         except (TypeError, ValueError, IndexError) as exc:
             raise ProtocolError(f"not a program: {exc}") from exc
@@ -152,6 +154,8 @@ def worker_programs(
             returns=tuple(ids[v] for v in plan.returned_values() if v in made),
             keeps=tuple(ids[v] for v in keeps),
             aliases=tuple(tuple(ids[v] for v in group) for group in plan.aliases if group[0] in made),
+            input_views=tuple((ids[v], ids[source]) for v, source in plan.input_views
+                              if v in made and source in from_client),
             compiler=compiler,
         )
     return programs

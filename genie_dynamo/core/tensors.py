@@ -46,9 +46,11 @@ def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
 
 
 def as_plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A detached, strided CPU tensor with the same values, without lazy conj or neg bits."""
+    """A detached, strided CPU tensor with the same values in memory: no lazy conj or neg bits, no implied zeros."""
     if tensor.requires_grad:
         tensor = tensor.detach()
+    if tensor._is_zerotensor():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)      # it has no memory to copy from
     if tensor.is_conj():
         tensor = tensor.resolve_conj()
     if tensor.is_neg():
@@ -164,3 +166,16 @@ def view_of(memory: torch.Tensor, view: View) -> torch.Tensor:
     if offset_bytes + reach * dtype.itemsize > memory.numel():
         raise ProtocolError(f"a view of shape {shape} and stride {stride} reaches beyond {memory.numel()} bytes")
     return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), start, shape, stride)
+
+
+def view_of_input(source: torch.Tensor, view: View) -> torch.Tensor:
+    """A view of a caller's own tensor. Raises: ProtocolError where the offset does not fit the dtype."""
+    code, shape, stride, offset_bytes = view
+    dtype, shape, stride, _, _ = check_form((code, shape, stride, b""))
+    start_bytes = source.storage_offset() * source.element_size() + offset_bytes
+    if start_bytes < 0 or start_bytes % dtype.itemsize:
+        raise ProtocolError(f"a view of {dtype} cannot start at byte {start_bytes}")
+    start = start_bytes // dtype.itemsize
+    if dtype == source.dtype:
+        return source.as_strided(shape, stride, start)
+    return torch.empty(0, dtype=dtype).set_(source.untyped_storage(), start, shape, stride)

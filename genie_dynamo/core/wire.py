@@ -116,15 +116,16 @@ def _refuse_bomb(data: Any, items: int, what: str) -> None:
     claimed = min(raw.count(b"\xdd"), _DECODER_DEPTH) * items + min(raw.count(b"\xdc"), _DECODER_DEPTH) * small
     if claimed * _SLOT_BYTES <= _MAX_CLAIMED_BYTES:
         return
-    claimed = _claimed_slots(raw)
-    if claimed * _SLOT_BYTES > _MAX_CLAIMED_BYTES + _SLOT_BYTES * len(raw):
-        raise MessageLimitError(f"{what} of {len(raw)} bytes claims arrays of {claimed} items in all")
+    bound = _MAX_CLAIMED_BYTES // _SLOT_BYTES + len(raw)
+    claimed = _claimed_slots(raw, bound)
+    if claimed > bound:
+        raise MessageLimitError(f"{what} of {len(raw)} bytes claims arrays of {claimed} items and more")
 
 
-def _claimed_slots(raw: bytes) -> int:
-    """The sum of all array lengths, read head by head without building anything; stops where the bytes end."""
+def _claimed_slots(raw: bytes, bound: int) -> int:
+    """The sum of all array lengths, head by head, without building anything; stops beyond `bound`."""
     claimed, at, end = 0, 0, len(raw)
-    while at < end:
+    while at < end and claimed <= bound:
         head = raw[at]
         if head < 0x90 or head >= 0xE0 or head in (0xC0, 0xC2, 0xC3):
             at += 1

@@ -26,6 +26,8 @@ class BoundProgram:
         self.arguments = tuple(
             RNG_ARGUMENT if names[v] == RNG_STATE else index_of[names[v]] for v in program.inputs)
         self.return_names = tuple(names[v] for v in program.returns)
+        self.view_sources = {program.returns.index(v): index_of[names[source]] for v, source in program.input_views}
+        """Index of a returned value -> position of the input that it may be a view of."""
         self.keep_names = tuple(names[v] for v in program.keeps)
         updates = [position for position, _ in static_updates(plan, {*self.keep_names})]
         self.num_saved = len(self.keep_names) - len(updates)

@@ -21,7 +21,7 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import GenieError, StaleHandleError, WorkerLostError, WorkerTimeoutError
 from genie_dynamo.core.plan import Plan
-from genie_dynamo.core.tensors import view_of
+from genie_dynamo.core.tensors import view_of, view_of_input
 from genie_dynamo.runtime.client.binding import RNG_ARGUMENT, Binding, BoundProgram, bind
 from genie_dynamo.runtime.client.calls import Answered, Broke, CallState
 from genie_dynamo.runtime.client.connection import POLL_MS, Connection, to_error
@@ -147,7 +147,7 @@ class RemoteGraph:
             for bound in binding.programs.values():
                 parts.append(self._send(session, bound, args, handles, seen, part, call_id, keep, deadline_s))
             sent_s = time.perf_counter()
-            received = self._collect(list(binding.programs), parts, state, deadline_s)
+            received = self._collect(list(binding.programs), parts, state, args, deadline_s)
         except BaseException:
             self._abandon(session, parts, call_id, state)
             raise
@@ -292,13 +292,13 @@ class RemoteGraph:
 
     # -- answers ----------------------------------------------------------------------------------------------
 
-    def _collect(self, workers: Sequence[int], parts: Sequence[Part], state: CallState,
+    def _collect(self, workers: Sequence[int], parts: Sequence[Part], state: CallState, args: Sequence[Any],
                  deadline_s: float) -> dict[int, dict[str, int]]:
         """Read until the call is decided; returns the bytes that came, by worker and reason."""
         received: dict[int, dict[str, int]] = {w: {} for w in workers}
         if len(parts) == 1:
             while not state.done:
-                self._read(workers[0], parts[0], state, received[workers[0]], deadline_s)
+                self._read(workers[0], parts[0], state, received[workers[0]], args, deadline_s)
             return received
         poller = zmq.Poller()
         by_socket = {}
@@ -309,7 +309,7 @@ class RemoteGraph:
             ready = poller.poll(POLL_MS)
             for socket, _ in ready:
                 worker, part = by_socket[socket]
-                self._read(worker, part, state, received[worker], deadline_s)
+                self._read(worker, part, state, received[worker], args, deadline_s)
             if not ready:
                 self._check(workers, parts, state, deadline_s)
         return received
@@ -324,7 +324,8 @@ class RemoteGraph:
             state.handle(Broke(state.open_workers[0], WorkerTimeoutError(
                 f"workers {state.open_workers} did not answer within {self._config.timeout_s:g} s; raise timeout_s")))
 
-    def _read(self, worker: int, part: Part, state: CallState, received: dict[str, int], deadline_s: float) -> None:
+    def _read(self, worker: int, part: Part, state: CallState, received: dict[str, int], args: Sequence[Any],
+              deadline_s: float) -> None:
         message, frames, header_bytes = part.connection.receive(deadline_s)
         if isinstance(message, m.Failure):
             if message.request in (part.request, 0):
@@ -339,6 +340,9 @@ class RemoteGraph:
             if type(value) is tuple:
                 if value[0] == m.ALIAS:
                     landed.append((index, view_of(spans[value[1]], value[2])))
+                    continue
+                if value[0] == m.INPUT_VIEW:
+                    landed.append((index, view_of_input(args[part.bound.view_sources[index]], value[1])))
                     continue
                 size = payload_bytes(value[1], frames)
                 inline += size if type(value[1][3]) is bytes else 0

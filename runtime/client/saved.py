@@ -44,7 +44,7 @@ def placeholder(handle: SavedHandle) -> torch.Tensor:
     code, shape, _ = handle.form
     # At least one element of memory, also for empty shapes: the address must be its own.
     tensor = torch.empty((1,), dtype=DTYPES[code]).as_strided_(shape, (0,) * len(shape))
-    handle.address = tensor.data_ptr()
+    handle.address = tensor.untyped_storage().data_ptr()
     _live[handle.address] = weakref.ref(handle)
     setattr(tensor, _ATTRIBUTE, handle)
     return tensor

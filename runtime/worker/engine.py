@@ -34,6 +34,10 @@ Emit = Callable[[RunRecord, int, Any], bool]
 """`emit(run, value id, value)`: returns whether the value has been sent to the client."""
 
 
+OF_INPUT = -1
+"""As the index of a SharedView: its memory is that of an input, which the client has."""
+
+
 class SharedView(NamedTuple):
     """An output that shares memory with others. The first of them carries the memory, the others its index."""
 
@@ -70,7 +74,7 @@ class LoadedProgram:
         self.program = program
         self.fragments = fragments
         self.return_index = {value: index for index, value in enumerate(program.returns)}
-        shared = {value for group in program.aliases for value in group}
+        shared = {value for group in program.aliases for value in group} | {value for value, _ in program.input_views}
         self.leaves_early = {value for value, _, _ in program.sends} | (set(program.returns) - shared)
         first = fragments[0]
         self.short: LoadedFragment | None = None
@@ -101,6 +105,8 @@ class Engine:
         if isinstance(value, torch.Tensor):
             return (m.INLINE, self.lane.stage(value, frames))
         if isinstance(value, SharedView):
+            if value.index == OF_INPUT:
+                return (m.INPUT_VIEW, value.view)
             if value.memory is None:
                 return (m.ALIAS, value.index, value.view)
             return (m.SPAN, self.lane.stage(value.memory, frames), value.view)
@@ -253,7 +259,7 @@ class Engine:
         """`((return index, value) not sent yet, kept values)` of a run that is done."""
         program, env = run.program, run.env
         kept = tuple([env[v] for v in program.keeps])
-        if program.aliases:
+        if program.aliases or program.input_views:
             _share(run)
         values = tuple([(i, env[v]) for i, v in enumerate(program.returns) if v not in sent])
         return values, kept
@@ -262,6 +268,13 @@ class Engine:
 def _share(run: RunRecord) -> None:
     """Outputs that share memory leave as views of one span, so that they share it at the client too."""
     env, place = run.env, run.loaded.return_index
+    for value_id, source_id in run.program.input_views:
+        value, source = env[value_id], env[source_id]
+        if value.untyped_storage().data_ptr() == source.untyped_storage().data_ptr() and not value.is_conj():
+            offset_bytes = (value.storage_offset() * value.element_size()
+                            - source.storage_offset() * source.element_size())
+            view = (tensors.DTYPE_CODE[value.dtype], tuple(value.shape), value.stride(), offset_bytes)
+            env[value_id] = SharedView(None, OF_INPUT, view)
     for group in run.program.aliases:
         by_storage: dict[int, list[int]] = {}
         for value_id in sorted(group, key=place.__getitem__):
