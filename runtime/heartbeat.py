@@ -344,6 +344,10 @@ class HeartbeatMonitor:
                     self._todo.popleft()()
                 for watched in list(self._watched.values()):
                     self._look_at(watched)
+        except BaseException:
+            # Nobody watches any more, and a worker that nobody watches must not look healthy.
+            _LOG.exception("the heartbeat monitor failed")
+            self._lost |= {key: "nobody watches it: the heartbeat monitor failed" for key in self._watched}
         finally:
             for key in list(self._watched):
                 self._stop(key, forget=False)

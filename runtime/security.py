@@ -225,7 +225,11 @@ class _AllowList:
         self._read = read
 
     def callback(self, domain: str, key: bytes) -> bool:
-        allowed = self._directory is not None and key in self._read(self._directory)
+        try:
+            allowed = self._directory is not None and key in self._read(self._directory)
+        except Exception:       # it would end the handler's thread, and with it every later handshake
+            _LOG.exception("cannot read the allow-list %s", self._directory)
+            allowed = False
         if not allowed:
             _LOG.warning("refused a connection: key %s is not in %s", key.decode(), self._directory)
         return allowed

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from genie_dynamo.core import portable_ops
-from genie_dynamo.core.portable_ops import sdpa, sdpa_bw, sdpa_cpu
+from genie_dynamo.core.portable_ops import direct_kernel, sdpa, sdpa_bw
 
 B, H, L, S, E = 2, 4, 5, 7, 8
 
@@ -276,10 +276,26 @@ def test_registration_holds_torchs_own_rules(name: str) -> None:
     torch.library.opcheck(sdpa_bw, (torch.ones_like(out), *case[:3], out, lse, *case[3:]))
 
 
-def test_the_plain_function_is_the_kernel() -> None:
-    for case in CASES.values():
-        for direct, dispatched in zip(sdpa_cpu(*case), sdpa(*case), strict=True):
-            assert_same(direct, dispatched)
+@pytest.mark.parametrize("name", CASES)
+def test_direct_kernels_are_the_ops(name: str) -> None:
+    case = CASES[name]
+    forward, short = direct_kernel(sdpa, "cpu"), direct_kernel(sdpa, "cpu", needs_lse=False)
+    backward = direct_kernel(sdpa_bw, "cpu")
+    assert forward is not None and short is not None and backward is not None
+    out, lse = sdpa(*case)
+    for direct, dispatched in zip(forward(*case), (out, lse), strict=True):
+        assert_same(direct, dispatched)
+    out_only, nothing = short(*case)
+    assert_same(out_only, out)
+    assert nothing is None
+    arguments = (torch.ones_like(out), *case[:3], out, lse, *case[3:])
+    for direct, dispatched in zip(backward(*arguments), sdpa_bw(*arguments), strict=True):
+        assert_same(direct, dispatched)
+
+
+def test_there_are_direct_kernels_for_the_cpu_and_these_ops_only() -> None:
+    assert direct_kernel(sdpa, "cuda") is None
+    assert direct_kernel(torch.ops.aten.add.Tensor, "cpu") is None
 
 
 # ---------------------------------------------------------------- other devices

@@ -305,6 +305,34 @@ def test_a_failing_callback_does_not_stop_the_watch(tmp_path: Path, caplog: pyte
         monitor.close()
 
 
+def test_a_monitor_that_fails_does_not_leave_workers_looking_healthy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:
+    monitor = HeartbeatMonitor(0.05, 60.0)
+    monitor.add("w", f"ipc://{tmp_path}/w", Security(), "i", is_alive=lambda: 1 // 0 == 0)
+    wait_until(lambda: monitor.is_lost("w") is not None)
+    assert "monitor failed" in str(monitor.is_lost("w")) and "ZeroDivisionError" in caplog.text
+    monitor.close()
+
+
+def test_signals_do_not_end_the_echo(monitor: HeartbeatMonitor) -> None:
+    hits: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: hits.append(number))
+    context = zmq.Context()
+    echo = HeartbeatEcho(context, "tcp://127.0.0.1:*", Security())
+    try:
+        monitor.add("w", echo.address, Security(), "i")
+        for count in (1, 2):
+            signal.pthread_kill(echo._thread.ident or 0, signal.SIGUSR1)
+            wait_until(lambda count=count: len(hits) == count)  # type: ignore[misc]
+        wait_until(lambda: beats(monitor, "w"))
+        assert echo._thread.is_alive()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        echo.close()
+        context.term()
+
+
 def test_heartbeats_ask_for_keys_too(tmp_path: Path) -> None:
     generate_keys(tmp_path / "ours")
     generate_keys(tmp_path / "theirs")

@@ -175,6 +175,25 @@ def test_the_list_is_read_at_each_handshake(keys: Path, tmp_path: Path, serve: A
     assert not server.hears(late, security.server_public, REFUSED_S)
 
 
+def test_a_list_that_cannot_be_read_lets_nobody_in_and_can_be_mended(
+    keys: Path, serve: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = True
+
+    def read(directory: Path) -> frozenset[bytes]:
+        if broken:
+            raise OSError("the disk is gone")
+        return authorized_keys(directory)
+
+    monkeypatch.setattr("genie_dynamo.runtime.security.authorized_keys", read)
+    security = Security.for_server(keys)
+    server = serve(security)
+    assert not server.hears(Security.for_client(keys), security.server_public, REFUSED_S)
+    assert server.authenticator.alive
+    broken = False
+    assert server.hears(Security.for_client(keys), security.server_public, ARRIVES_S)
+
+
 def test_without_a_handler_nobody_gets_in(keys: Path, serve: Any) -> None:
     security = Security.for_server(keys)
     server = serve(security, authenticator=False)
