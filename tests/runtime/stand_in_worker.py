@@ -74,7 +74,7 @@ if __name__ == "__main__":
     directory = Path(ARGUMENTS.bind.removeprefix("ipc://")).parent
     (directory / "environment").write_text("\n".join(f"{k}={v}" for k, v in os.environ.items()))
     lifeline_watch(ARGUMENTS.lifeline_fd, on_eof)
+    print("up and running")
     os.write(ARGUMENTS.ready_fd, b"ready stand-in-1\n")
     os.close(ARGUMENTS.ready_fd)
-    print("up and running")
     threading.Event().wait()
