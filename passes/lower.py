@@ -114,14 +114,18 @@ class _Lowering:
         self._values[node] = self._num_inputs
 
     def finish(self, outputs: tuple[Arg, ...], returns: Literal["tuple", "list", "value"]) -> GraphSpec:
-        size_bytes = sum(len(c.data) for c in self._constants)
+        self.check_size()
+        return GraphSpec(self._num_inputs, tuple(self._nodes), outputs, tuple(self._constants),
+                         tuple(self._subgraphs), returns)
+
+    def check_size(self) -> None:
+        """Raises: UnsupportedGraphError where the constants are too many bytes for one message."""
+        size_bytes = _constant_bytes(self._constants, self._subgraphs)
         if size_bytes > MAX_CONSTANT_BYTES:
             raise UnsupportedGraphError(
                 f"the graph holds {size_bytes} bytes of constant tensors, at most {MAX_CONSTANT_BYTES} travel with a "
                 f"graph; make them parameters or buffers of the module", size_bytes=size_bytes,
             )
-        return GraphSpec(self._num_inputs, tuple(self._nodes), outputs, tuple(self._constants),
-                         tuple(self._subgraphs), returns)
 
     def arg(self, arg: Any) -> Arg:
         """One argument, recursively.
@@ -189,6 +193,10 @@ class _Lowering:
         with unset_fake_temporarily():  # AOTAutograd calls its compilers under a fake mode
             self._constants.append(ConstantSpec.from_tensor(tensor))
         return Constant(len(self._constants) - 1)
+
+
+def _constant_bytes(constants: Sequence[ConstantSpec], subgraphs: Sequence[GraphSpec]) -> int:
+    return sum(len(c.data) for c in constants) + sum(_constant_bytes(g.constants, g.subgraphs) for g in subgraphs)
 
 
 def attribute(gm: torch.nn.Module, path: str) -> Any:
@@ -284,6 +292,10 @@ class _Reasons:
                     continue
             self._try(lowering, node, where)
         self._check_output(gm, lowering, prefix)
+        try:
+            lowering.check_size()
+        except UnsupportedGraphError as exc:
+            self.reasons.append(f"{prefix}{exc}")
         self.reasons += _mutation_reasons(gm, prefix, epilogue_allowed)
 
     def _try(self, lowering: _Lowering, node: fx.Node, where: str) -> None:
