@@ -36,6 +36,7 @@ class WorkerLink:
         self._why_lost = why_lost
         self._idle: list[Connection] = []
         self.incarnation = ""
+        self.key = f"{name}/"                             # asked for already while nobody has answered
         connection = self._connect()
         try:
             self.welcome = greet(connection, *self._hello)
