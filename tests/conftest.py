@@ -10,11 +10,13 @@ import pytest
 # Before anything reads the configuration.
 os.environ.setdefault("GENIE_STRICT", "1")
 os.environ.setdefault("GENIE_NUM_THREADS", "1")
+# Starting a worker imports torch, which takes its time on a busy machine.
+os.environ.setdefault("GENIE_CONNECT_TIMEOUT_S", "120")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-pytest_plugins = ["tests.plugins.expected_skips"]
+pytest_plugins = ["tests.plugins.expected_skips", "tests.plugins.golden"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
