@@ -62,14 +62,17 @@ def session(namespaces: frozenset[str] = frozenset()) -> Session:
     """
     global _default, _owner_pid
     current = _default
-    if current is not None and not current.closed and _owner_pid == os.getpid():
-        return current
-    with _lock:
-        if _default is None or _default.closed or _owner_pid != os.getpid():
-            # A forked child never touches what its parent opened.
-            _default = _open(default_config(), _op_modules(namespaces))
-            _owner_pid = os.getpid()
-        return _default
+    if current is None or current.closed or _owner_pid != os.getpid():
+        with _lock:
+            if _default is None or _default.closed or _owner_pid != os.getpid():
+                # A forked child never touches what its parent opened.
+                _default = _open(default_config(), _op_modules(namespaces))
+                _owner_pid = os.getpid()
+            current = _default
+    if namespaces and not namespaces <= current.namespaces:
+        current.serve(_op_modules(namespaces))
+        current.namespaces |= namespaces
+    return current
 
 
 def shutdown() -> None:

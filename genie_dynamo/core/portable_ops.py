@@ -97,7 +97,7 @@ def sdpa_bw_cpu(
         grads: Grads = _ATEN_FLASH_BW(
             grad_out, q, k, v, out, lse, 0.0, is_causal, attn_mask=bias, scale=scale)
         return grads
-    return _contiguous(_grads_by_autograd(grad_out, q, k, v, attn_mask, is_causal, scale, enable_gqa))
+    return _grads_by_autograd(grad_out, q, k, v, attn_mask, is_causal, scale, enable_gqa)
 
 
 def _sdpa_cpu_without_lse(
@@ -120,11 +120,6 @@ def direct_kernel(op: Any, device_type: str, *, needs_lse: bool = True) -> Calla
     if op is sdpa:
         return sdpa_cpu if needs_lse else _sdpa_cpu_without_lse
     return None
-
-
-def _contiguous(grads: Grads) -> Grads:
-    grad_q, grad_k, grad_v = grads
-    return grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
 
 
 def _grads_by_autograd(
@@ -156,6 +151,7 @@ def _autograd_on() -> AbstractContextManager[Any]:
 
 # ---------------------------------------------------------------- other devices
 _layouts: dict[Any, tuple[tuple[int, ...], bool]] = {}
+_grad_layouts: dict[Any, tuple[tuple[int, ...], ...]] = {}
 _MAX_LAYOUTS = 4096
 
 
@@ -175,6 +171,22 @@ def _cpu_layout(
     return _layouts[key]
 
 
+def _cpu_grad_layouts(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Strides of the gradients that the CPU's math path would give; remembered by shape."""
+    inputs = tuple(None if x is None else (x.dtype, x.shape, x.stride()) for x in (grad_out, q, k, v, attn_mask))
+    key = (inputs, is_causal, enable_gqa)
+    if key not in _grad_layouts:
+        if len(_grad_layouts) >= _MAX_LAYOUTS:
+            _grad_layouts.clear()
+        with FakeTensorMode():
+            stand_ins = [None if x is None else torch.empty_strided(x[1], x[2], dtype=x[0]) for x in inputs]
+            grads = _grads_by_autograd(*stand_ins, is_causal, None, enable_gqa)  # type: ignore[call-arg, arg-type]
+        _grad_layouts[key] = tuple(tuple(g.stride()) for g in grads)
+    return _grad_layouts[key]
+
+
 def _sdpa_elsewhere(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
@@ -191,7 +203,9 @@ def _sdpa_bw_elsewhere(
     grads = _grads_by_autograd(grad_out, q, k, v, attn_mask, is_causal, scale, enable_gqa)
     _, is_flash = _cpu_layout(q, k, v, attn_mask, is_causal, enable_gqa)
     if not is_flash:
-        return _contiguous(grads)
+        layouts = _cpu_grad_layouts(grad_out, q, k, v, attn_mask, is_causal, enable_gqa)
+        grad_q, grad_k, grad_v = map(_with_strides, grads, layouts)
+        return grad_q, grad_k, grad_v
     grad_q, grad_k, grad_v = (g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads)
     return grad_q, grad_k, grad_v
 
@@ -255,6 +269,8 @@ def _sdpa_bw_fake(
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Grads:
     _, is_flash = _trace_anywhere(q, k, v, attn_mask, is_causal, scale, enable_gqa)
+    if not is_flash and q.device.type == "cpu":
+        return _grads_by_autograd(grad_out, q, k, v, attn_mask, is_causal, scale, enable_gqa)
     # The flash kernel makes its gradients as (B, L, H, E) seen as (B, H, L, E).
     order = (0, 2, 1, 3) if is_flash else tuple(range(q.dim()))
     grad_q, grad_k, grad_v = (

@@ -19,7 +19,13 @@ import zmq
 
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.config import Config
-from genie_dynamo.core.errors import GenieError, StaleHandleError, WorkerLostError, WorkerTimeoutError
+from genie_dynamo.core.errors import (
+    GenieError,
+    StaleHandleError,
+    UnsupportedGraphError,
+    WorkerLostError,
+    WorkerTimeoutError,
+)
 from genie_dynamo.core.plan import Plan
 from genie_dynamo.core.tensors import view_of, view_of_input
 from genie_dynamo.runtime.client.binding import RNG_ARGUMENT, Binding, BoundProgram, bind
@@ -117,8 +123,17 @@ class RemoteGraph:
         return outputs
 
     def _call(self, session: Session, part: SessionPart, values: list[Any], started_s: float) -> tuple[Any, ...]:
+        if part.refusal:
+            return self._locally(session, part.refusal, values)
         try:
             return self._attempt(session, part, values, started_s)
+        except UnsupportedGraphError as error:
+            # The worker lacks an op that this process has.
+            if self._config.strict:
+                raise
+            part.refusal = str(error)
+            log.warning("%s runs locally, the worker refuses it: %s", self.info.label, error)
+            return self._locally(session, part.refusal, values)
         except StaleHandleError:
             # Another thread renewed a parameter between our look and the worker's: look again, once.
             if any(handle_of(v) is not None for v in values):
@@ -469,11 +484,13 @@ class RemoteGraph:
             raise error
         log.warning("%s: %s; %s", self.info.label, error, "running here" if policy == "local" else "trying once more")
         if policy == "local":
-            session.telemetry.fallback("worker lost, on_worker_loss=local")
-            outputs: tuple[Any, ...] = tuple(self._run_local(args))
-            return outputs
+            return self._locally(session, "worker lost, on_worker_loss=local", args)
         session.telemetry.event("call repeated after a worker was lost")
         return self._attempt(session, part, args, time.perf_counter())
+
+    def _locally(self, session: Session, reason: str, args: list[Any]) -> tuple[Any, ...]:
+        session.telemetry.fallback(reason)
+        return tuple(self._run_local(args))
 
     def _count(self, session: Session, binding: Binding, parts: Sequence[Part], state: CallState,
                received: dict[int, dict[str, int]], started_s: float, sent_s: float, answered_s: float) -> None:
@@ -496,6 +513,7 @@ class SessionPart:
         self.bindings: dict[tuple[str, ...], Binding] = {}
         self.statics: StaticSet | None = None
         self.prefer: tuple[str, ...] = ()
+        self.refusal = ""
 
     @property
     def session(self) -> Session:

@@ -29,9 +29,11 @@ class SavedHandle:
         self.tensor_id = tensor_id
         self.form = form
         self.address = 0
+        link.num_saved += 1
 
     def __del__(self) -> None:
         _live.pop(self.address, None)
+        self.link.num_saved -= 1
         self.link.frees.append((self.tensor_id, 0))
 
 

@@ -41,6 +41,7 @@ class Session:
         self.config = config
         self.telemetry = Telemetry()
         self.op_libraries = tuple(dict.fromkeys((*config.op_libraries, *op_libraries)))
+        self.namespaces: frozenset[str] = frozenset()     # op namespaces its graphs have asked for
         self.token = secrets.token_bytes(16)
         self.closed = ""
         self._pid = os.getpid()
@@ -52,6 +53,7 @@ class Session:
         self.residency = Residency(config.fingerprint_samples, self._queue_free, self.next_id)
         self.monitor = HeartbeatMonitor(interval_s=config.heartbeat_interval_s, timeout_s=config.heartbeat_timeout_s)
         self.links: list[WorkerLink] = []
+        self._retired: list[WorkerLink] = []     # replaced, but activations of open graphs are still there
         try:
             if remote:
                 for index, worker in enumerate(remote):
@@ -121,6 +123,22 @@ class Session:
                 self.telemetry.event("worker replaced")
                 self.links[index] = fresh
 
+    def serve(self, op_libraries: Sequence[str]) -> None:
+        """Let embedded workers import more op libraries: new incarnations take over, the old ones keep what they hold.
+
+        Running workers are started by their owner, with the libraries he names: for those nothing changes.
+        """
+        with self._lock:
+            missing = [name for name in op_libraries if name not in self.op_libraries]
+            if not missing or not all(link.embedded is not None for link in self.links):
+                return
+            self.op_libraries = (*self.op_libraries, *missing)
+            for index, embedded in enumerate(self._start(len(self.links))):
+                old = self.links[index]
+                self.residency.worker_gone(old.key)
+                self.links[index] = self._link(old.name, embedded.address, None, embedded)
+                self._retired.append(old)
+
     def lost(self, link: WorkerLink) -> None:
         """A call has found that the worker is gone."""
         self.residency.worker_gone(link.key)
@@ -178,7 +196,7 @@ class Session:
                 except GenieError as error:
                     log.info("worker %s did not hear the goodbye: %s", link.name, error)
         self.monitor.close()
-        for link in self.links:
+        for link in (*self.links, *self._retired):
             link.close()
             if link.embedded is not None:
                 link.embedded.close()
@@ -232,6 +250,11 @@ class Session:
 
     def housekeeping(self) -> None:
         """Once a second: keep leases, free what finalizers have queued."""
+        for link in [link for link in self._retired if not link.num_saved and not link.in_flight]:
+            self._retired.remove(link)
+            self._forget(link)
+            if link.embedded is not None:
+                link.embedded.close()
         for link in list(self.links):
             if link.lost:
                 continue

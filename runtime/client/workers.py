@@ -29,6 +29,7 @@ class WorkerLink:
         self.frees: deque[tuple[int, int]] = deque()      # appended from finalizers, in any thread
         self.drops: deque[int] = deque()                  # programs of collected graphs
         self.in_flight = 0
+        self.num_saved = 0                                # activations there that a backward may still want
         self.lost = ""
         self._context = context
         self._security = security
