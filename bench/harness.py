@@ -16,19 +16,23 @@ import json
 import math
 import os
 import select
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from bench import procfs
+
 ROOT = Path(__file__).resolve().parent.parent
 READY_TIMEOUT_S = 900.0
 _ERROR_TAIL_BYTES = 4000
+_THAW_S = 0.2
 
 Unit = Literal["s", "bytes", "share", "x"]
 
@@ -72,6 +76,7 @@ class Side:
     python: str = sys.executable
     unit: Unit = "s"
     optional: bool = False             # a failure is reported in the table and does not end the case
+    freeze: bool = False               # stopped while others have their turn: for what is busy even when idle
 
     @property
     def label(self) -> str:
@@ -224,6 +229,12 @@ class SideProcess:
         self._process.stdout.close()
         self._log.close()
 
+    def freeze(self, frozen: bool) -> None:
+        """Stop, or continue, this process and all that it has started."""
+        for pid in [self._process.pid, *procfs.descendants(self._process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP if frozen else signal.SIGCONT)
+
     def ask(self, request: Mapping[str, Any], timeout_s: float) -> Any:
         assert self._process.stdin is not None
         try:
@@ -283,14 +294,18 @@ def measure(settings: Settings, sides: Sequence[Side], *, blocks: int, samples: 
         running.sort(key=lambda pair: sides.index(pair[0]))
         _check_agreement(running, tolerance, timeout_s)
         before = _facts(running, timeout_s)
+        stack.callback(_freeze, running, False)
+        _freeze(running, True)
         rounds: dict[str, list[list[float]]] = {s.label: [] for s, _ in running}
         for _ in range(settings.rounds):
             for values in rounds.values():
                 values.append([])
             for block in range(blocks):
                 for side, process in running if block % 2 == 0 else reversed(running):
-                    rounds[side.label][-1] += process.ask(
-                        {"verb": "sample", "side": side.label, "count": samples, "settle": settle}, timeout_s)
+                    with _turn(side, process):
+                        rounds[side.label][-1] += process.ask(
+                            {"verb": "sample", "side": side.label, "count": samples, "settle": settle}, timeout_s)
+        _freeze(running, False)
         calls = settings.rounds * blocks * (samples + settle)
         per_call = {label: {k: (v - before[label].get(k, 0)) / calls for k, v in after.items()}
                     for label, after in _facts(running, timeout_s).items()}
@@ -312,6 +327,23 @@ def _await_ready(process: SideProcess, skipped: dict[str, str], timeout_s: float
             raise BenchError(f"{side.label}: {state[side.label]}")
     skipped.update({label: why for label, why in state.items() if why})
     return [(side, process) for side in process.sides if not state[side.label]]
+
+
+def _freeze(running: Iterable[tuple[Side, SideProcess]], frozen: bool) -> None:
+    for side, process in running:
+        if side.freeze:
+            process.freeze(frozen)
+
+
+@contextlib.contextmanager
+def _turn(side: Side, process: SideProcess) -> Iterator[None]:
+    """A side's turn: if it is frozen between turns, it runs for this long."""
+    if side.freeze:
+        process.freeze(False)
+        time.sleep(_THAW_S)            # what it does in the background catches up
+    yield
+    if side.freeze:
+        process.freeze(True)
 
 
 def _check_agreement(running: Iterable[tuple[Side, SideProcess]], tolerance: float, timeout_s: float) -> None:

@@ -219,12 +219,13 @@ SIDES = {"genie": genie, "local": local, "raw_tcp": raw_tcp, "pyzmq": pyzmq, "to
 
 def _groups(settings: Settings, work: str, threads: int) -> dict[str, list[Side]]:
     """Peers that can be alive together. Ray's and Monarch's own processes work in the background, which would disturb
-    the others' tiny calls, so each of the two meets genie and local alone."""
+    the others' calls: each of the two meets genie and local alone, and is stopped while those have their turn."""
     common = {"backend": settings.backend, "threads": threads, "work": work}
 
     def peer(factory: str, name: str, **more: Any) -> Side:
         return Side(module=__name__, factory=factory, name=name, params={**common, **more}, optional=True,
-                    python=settings.peers_python, process="ray" if factory == "ray" else "")
+                    python=settings.peers_python, process="ray" if factory == "ray" else "",
+                    freeze=factory in ("ray", "monarch"))
 
     ours = [Side(module=__name__, factory="local", name="local eager", params=common),
             Side(module=__name__, factory="genie", params=common)]

@@ -71,7 +71,7 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
     label = f"{kind} graph {next(_numbers)}"
     local = _boxed(gm, kind)
     facts = read_facts(gm, kind)
-    reasons = unsupported_reasons(gm)
+    reasons = unsupported_reasons(gm) + _foreign_devices(gm)
     if not reasons:
         try:
             plan = plan_graph(gm, facts, guards, assign=assign, num_workers=num_workers)
@@ -118,6 +118,14 @@ def _fall_back(label: str, reasons: Sequence[str], local: Callable[[list[Any]], 
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def _foreign_devices(gm: fx.GraphModule) -> tuple[str, ...]:
+    """What comes back from a worker is a CPU tensor: a graph whose caller expects another device stays here."""
+    found = {str(value.device) for node in gm.graph.nodes
+             if isinstance(value := node.meta.get("val"), torch.Tensor) and value.device.type not in ("cpu", "meta")}
+    return tuple(f"the caller's tensors are on {device}; only cpu tensors travel yet, the worker has the accelerator"
+                 for device in sorted(found))
 
 
 def _namespaces(gm: fx.GraphModule) -> frozenset[str]:
