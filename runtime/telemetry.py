@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +40,9 @@ class _Counters:
         }
 
 
+_MAX_NOTED = 1024
+
+
 class Share(NamedTuple):
     """What one worker had to do with a call."""
 
@@ -66,6 +69,7 @@ class Telemetry:
     def reset(self) -> None:
         """Set everything to zero."""
         with self._lock:
+            self._noted: deque[tuple[Sequence[Share], float, float, float]] = deque()
             self._total = _Counters()
             self._workers: dict[str, _Counters] = {}
             self._fallbacks: Counter[str] = Counter()
@@ -81,11 +85,18 @@ class Telemetry:
                     counters.received[reason] += size
 
     def call(self, shares: Sequence[Share], *, dispatch_s: float, wait_s: float, queue_s: float) -> None:
-        """Count a finished call."""
-        compute_s = max(share.compute_s for share in shares)
-        transfer_s = max(0.0, wait_s - compute_s - queue_s)
+        """Count a finished call. It is only noted here: adding up can wait until somebody asks."""
+        self._noted.append((shares, dispatch_s, wait_s, queue_s))
+        if len(self._noted) > _MAX_NOTED:
+            with self._lock:
+                self._add_up()
+
+    def _add_up(self) -> None:
+        """Add up what was noted. The lock is held."""
         total = self._total
-        with self._lock:
+        while self._noted:
+            shares, dispatch_s, wait_s, queue_s = self._noted.popleft()
+            transfer_s = max(0.0, wait_s - max(share.compute_s for share in shares) - queue_s)
             total.calls += 1
             for share in shares:
                 mine = self._of(share.worker)
@@ -114,6 +125,7 @@ class Telemetry:
     def snapshot(self) -> dict[str, Any]:
         """Everything as plain data, in the shape that genie.get_stats() documents."""
         with self._lock:
+            self._add_up()
             return {
                 **self._total.snapshot(),
                 "fallbacks": dict(self._fallbacks),
