@@ -1,0 +1,26 @@
+"""What every yardstick needs: one thread, and torch left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As the worker has; and several test processes on few cores wait for each other's threads otherwise."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _backend_flags_stay_settable() -> None:
+    """Importing torch's test utilities forbids plain assignments like `torch.backends.mkldnn.enabled = False`.
+
+    That is for torch's own suite; here it would change what the other tests of the process may do.
+    """
+    setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
