@@ -74,7 +74,8 @@ def supports_inplace_training(op: OpInfo, dtype: torch.dtype) -> bool:
 
 def supports_training(op: OpInfo, dtype: torch.dtype) -> bool:
     """Whether the entry says that its op has gradients for this dtype on the CPU."""
-    return op.supports_autograd and dtype in op.backward_dtypes
+    differentiable = dtype.is_floating_point or dtype.is_complex
+    return op.supports_autograd and differentiable and dtype in op.backward_dtypes
 
 
 def _key(database: str, mode: str, dtype: torch.dtype, op: OpInfo) -> str:

@@ -10,9 +10,6 @@ from torch.testing._internal.common_modules import ModuleInfo, module_db
 
 from tests.yardsticks.harness import Case, CompileFn, gradients, parametrize, seed_everything, tensors_in, unique
 
-# Their forward looks at data, which ends a graph; what is before and after is compiled.
-BREAKS_THE_GRAPH = frozenset({"nn.GaussianNLLLoss"})
-
 
 def cases() -> list[Case]:
     """Every case of this file."""
@@ -39,8 +36,7 @@ def _module_case(info: ModuleInfo, training: bool) -> Case:
             module(*forward.args, **forward.kwargs)  # the first call makes the parameters; Dynamo may come after it
         return _observe_module(module, forward.args, forward.kwargs, compile_fn)
 
-    key = f"module_db/{mode}/{info.name}"
-    return Case(key=key, observe=observe, fullgraph=info.name not in BREAKS_THE_GRAPH)
+    return Case(key=f"module_db/{mode}/{info.name}", observe=observe)
 
 
 def _observe_module(
