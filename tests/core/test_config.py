@@ -38,7 +38,7 @@ def test_every_option_has_an_environment_variable_and_a_doc() -> None:
 @pytest.mark.parametrize(("name", "text", "value"), [
     ("GENIE_STRICT", "1", True),
     ("GENIE_STRICT", "off", False),
-    ("GENIE_POLICY", "min_cost", "min_cost"),
+    ("GENIE_AWARENESS", "blind", "blind"),
     ("GENIE_NUM_THREADS", "3", 3),
     ("GENIE_NUM_THREADS", "none", None),
     ("GENIE_WORKERS", "2", 2),
@@ -135,8 +135,8 @@ def test_heartbeats_leave_room_for_one_that_is_lost() -> None:
 
 def test_compile_options_are_a_subset() -> None:
     base = Config.build(workers=3)
-    compiled = base.for_compile({"strict": True, "policy": "min_cost"})
-    assert (compiled.strict, compiled.policy, compiled.workers) == (True, "min_cost", 3)
+    compiled = base.for_compile({"strict": True, "awareness": "blind"})
+    assert (compiled.strict, compiled.awareness, compiled.workers) == (True, "blind", 3)
     assert base.for_compile(None) == base
     with pytest.raises(ConfigError, match=r"belongs to a session.*genie\.init\(workers=\.\.\.\).*GENIE_WORKERS"):
         base.for_compile({"workers": 2})
