@@ -152,8 +152,12 @@ def _standalone_compile(gm: torch.fx.GraphModule, examples: list[Any], fake_mode
     options = {"config_patches": {"fallback_random": True, "compile_threads": 1}}
     # Random ops stay aten's, so that a seed gives what eager gives; no pool of compiler processes outlives a worker.
     extra: dict[str, Any] = {}
+    # The module is ours to give away, and a copy of it would turn constants of subgraphs into buffers.
     if "donate_graph_module" in inspect.signature(standalone_compile).parameters:
-        extra["donate_graph_module"] = True  # a copy would turn constants of subgraphs into buffers
+        extra["donate_graph_module"] = True
+    else:
+        # torch < 2.13 always copies. Every GraphModule has a class of its own, so this is about no other module.
+        setattr(type(gm), "__deepcopy__", lambda self, _memo: self)  # noqa: B010 - mypy takes it for the base class
     with _compiling, ExitStack() as stack:
         stack.enter_context(_generators_left_alone())
         stack.enter_context(torch.no_grad())

@@ -261,7 +261,8 @@ def _flex_attention() -> Any:
     mask = create_block_mask(lambda b, h, q, k: q >= k, 1, 2, 16, 16, device="cpu")
 
     def fn(q: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = flex_attention(q, q, q, score_mod=lambda s, b, h, i, j: s + bias[h], block_mask=mask)
+        score_mod = lambda s, b, h, i, j: s + bias[h]  # noqa: E731
+        result: torch.Tensor = flex_attention(q, 2 * q, q + 1, score_mod=score_mod, block_mask=mask)
         return result
 
     return fn, (torch.randn(1, 2, 16, 8),)
