@@ -98,6 +98,8 @@ for _name, _function in PYTHON_FUNCTIONS.items():
 TARGET_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*::[A-Za-z_][A-Za-z0-9_.]*")
 """What a target looks like; checked before anything looks it up."""
 
+_MAX_NAME_CHARS = 256
+
 _PLAIN_TYPES = frozenset({"Tensor", "int", "float", "bool", "str", "number", "complex", "Device", "NoneType",
                           "Optional[Generator]"})
 
@@ -179,7 +181,7 @@ def resolve(name: str, extra_namespaces: frozenset[str] = frozenset()) -> Callab
     Args:    extra_namespaces: operator namespaces this worker was started with, beside NAMESPACES.
     Raises:  UnsupportedGraphError naming the op and, where a library is missing, the option that brings it.
     """
-    if not TARGET_PATTERN.fullmatch(name):
+    if len(name) > _MAX_NAME_CHARS or not TARGET_PATTERN.fullmatch(name):
         raise UnsupportedGraphError(f"{name[:80]!r} is not the name of an op", op=name[:80])
     namespace, _, rest = name.partition("::")
     if namespace == "py":
