@@ -34,7 +34,7 @@ check: setup  ## ruff, mypy and the fast tests, in under a minute
 	@$(PY) -m ruff check .
 	@tools/typecheck.sh
 	@tools/run_tests.sh 60 -n $(TEST_PROCESSES) -q -m "not slow and not heavy" $(TEST_ARGS) \
-		tests/core tests/passes tests/cli tests/packaging
+		tests/core tests/passes tests/cli tests/packaging tests/plugins
 
 bench: setup  ## measure against local and against the floor; writes build/bench.json
 	@mkdir -p build

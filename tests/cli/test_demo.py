@@ -1,9 +1,11 @@
 """The parts of the demo, and the whole of it in small."""
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import sysconfig
 import threading
 from pathlib import Path
 from typing import Any
@@ -64,11 +66,15 @@ def test_tests_private_modules_and_broken_files_are_left_out(tmp_path: Path) -> 
 
 
 def test_a_limit_draws_evenly_and_always_the_same() -> None:
-    some = collect_docstrings(500)
-    assert len(some) == 500
-    assert some == collect_docstrings(500)
-    assert some[0].name < "b"
-    assert some[-1].name > "w"   # from the whole alphabet of modules, not from its beginning
+    folder = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
+    every, some = collect_docstrings(10_000, folder), collect_docstrings(50, folder)
+    assert len(every) > 200
+    assert len(some) == 50
+    assert some == collect_docstrings(50, folder)
+    positions = [every.index(one) for one in some]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(positions)]
+    assert positions[0] == 0
+    assert max(gaps) - min(gaps) <= 1   # from all of them, not from the beginning
 
 
 # ---------------------------------------------------------------- encoder

@@ -104,6 +104,7 @@ def test_torch_comes_first_and_the_second_run_does_nothing(checkout: Path, recor
     assert len(recorded.read_text().splitlines()) == 4
 
 
+@pytest.mark.heavy
 def test_another_torch_replaces_the_pin(checkout: Path, recorded: Path) -> None:
     python = str(checkout / "bin" / "python3")
     assert setup(checkout, PYTHON=python, TORCH_SPEC="torch==2.12.0").returncode == 0
@@ -112,6 +113,7 @@ def test_another_torch_replaces_the_pin(checkout: Path, recorded: Path) -> None:
     assert re.findall(r"^torch==.*$", constraints, re.MULTILINE) == ["torch==9.9.9+cpu"]   # what was installed
 
 
+@pytest.mark.heavy
 def test_a_changed_pin_is_installed(checkout: Path, recorded: Path) -> None:
     python = str(checkout / "bin" / "python3")
     assert setup(checkout, PYTHON=python).returncode == 0
@@ -121,6 +123,7 @@ def test_a_changed_pin_is_installed(checkout: Path, recorded: Path) -> None:
     assert len(recorded.read_text().splitlines()) > 4
 
 
+@pytest.mark.heavy
 def test_a_failed_installation_is_not_taken_for_done(checkout: Path, recorded: Path) -> None:
     inner = checkout / "inner-python"
     inner.write_text(inner.read_text().replace(f'echo "$*" >>{recorded}', "exit 1"))
@@ -129,6 +132,7 @@ def test_a_failed_installation_is_not_taken_for_done(checkout: Path, recorded: P
     assert not (checkout / ".venv" / ".setup-stamp").exists()
 
 
+@pytest.mark.heavy
 def test_system_wide_changes_are_announced(checkout: Path, recorded: Path) -> None:
     python = str(checkout / "bin" / "python3")
     assert "no system-wide changes are needed" in setup(checkout, PYTHON=python).stdout
