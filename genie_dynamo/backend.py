@@ -71,7 +71,9 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
     label = f"{kind} graph {next(_numbers)}"
     local = _boxed(gm, kind)
     facts = read_facts(gm, kind)
-    reasons = unsupported_reasons(gm) + _foreign_devices(gm)
+    namespaces = _namespaces(gm)
+    # Whether a worker really has the op libraries shows when the fragment is loaded there.
+    reasons = unsupported_reasons(gm, namespaces) + _foreign_devices(gm)
     if not reasons:
         try:
             plan = plan_graph(gm, facts, guards, assign=assign, num_workers=num_workers)
@@ -83,7 +85,6 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
             reasons = (str(error),)
     if reasons:
         return _fall_back(label, reasons, local, config)
-    namespaces = _namespaces(gm)
     if not plan.fragments:
         # Nothing to compute: outputs are inputs and literals.
         return local

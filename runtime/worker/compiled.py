@@ -5,6 +5,7 @@ import logging
 import statistics
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,6 +15,9 @@ from genie_dynamo.core.fragment import GraphSpec
 from genie_dynamo.runtime.inductor import compile_with_inductor
 
 log = logging.getLogger(__name__)
+
+RUNS: Counter[str] = Counter()
+"""What ran in this process where Inductor was asked for: "code", "flat", and how often "auto" has "settled"."""
 
 _TRIALS = 3
 """Runs of each kind that "auto" measures before it settles on one."""
@@ -27,9 +31,11 @@ class CompiledFragment:
     A graph that Inductor refuses runs flat; `refusal` says why.
     """
 
-    def __init__(self, spec: GraphSpec, mode: str, device: torch.device, wake: Callable[[], None]) -> None:
+    def __init__(self, spec: GraphSpec, mode: str, device: torch.device, namespaces: frozenset[str],
+                 wake: Callable[[], None]) -> None:
         self.refusal = ""
         self._spec, self._mode, self._device, self._wake = spec, mode, device, wake
+        self._namespaces = namespaces
         self._code: Callable[[list[Any]], list[Any]] | None = None
         self._thread: threading.Thread | None = None
         self._flat_s: list[float] = []
@@ -54,11 +60,13 @@ class CompiledFragment:
             # The first run of the code warms it up and does not count.
             faster = statistics.median(self._code_s[1:]) < statistics.median(self._flat_s[-_TRIALS:])
             self._settled = "code" if faster else "flat"
+            RUNS["settled"] += 1
             log.info("auto settled on %s: code %s s, flat %s s", self._settled, self._code_s, self._flat_s)
         return self._settled
 
     def flat_took(self, seconds: float) -> None:
         """Report a run of the flat plan."""
+        RUNS["flat"] += 1
         if self._settled is None:
             self._flat_s.append(seconds)
             del self._flat_s[:-_TRIALS]
@@ -68,6 +76,7 @@ class CompiledFragment:
         assert self._code is not None
         started = time.perf_counter()
         outputs = self._code(inputs)
+        RUNS["code"] += 1
         if self._mode == "auto" and self._settled is None:
             self._code_s.append(time.perf_counter() - started)
         return outputs
@@ -79,7 +88,8 @@ class CompiledFragment:
 
     def _compile(self, examples: list[Any]) -> None:
         try:
-            self._code = compile_with_inductor(self._spec, examples, device=self._device)
+            self._code = compile_with_inductor(self._spec, examples, device=self._device,
+                                               extra_namespaces=self._namespaces)
         except Exception as error:
             # Whatever Inductor dislikes, the flat plan can run; the reason is kept and reported.
             self.refusal = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -20,7 +20,7 @@ from genie_dynamo.core.fragment import decode
 from genie_dynamo.core.program import FragmentProgram, WorkerProgram
 from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
-from genie_dynamo.runtime.worker.compiled import CompiledFragment
+from genie_dynamo.runtime.worker.compiled import RUNS, CompiledFragment
 from genie_dynamo.runtime.worker.rng import Generator
 from genie_dynamo.runtime.worker.state import RunRecord
 
@@ -55,7 +55,7 @@ class LoadedFragment:
         self.program = program
         self.num_nodes = len(spec.nodes)
         self.plan = FlatPlan(spec, device=device, extra_namespaces=namespaces)
-        self.compiled = None if compiler == "flat" else CompiledFragment(spec, compiler, device, wake)
+        self.compiled = None if compiler == "flat" else CompiledFragment(spec, compiler, device, namespaces, wake)
 
 
 class FragmentRun:
@@ -129,7 +129,7 @@ class Engine:
         return {
             "device": str(self.device), "threads": self.num_threads, "torch": str(torch.__version__),
             "pid": os.getpid(), "memory_bytes": resident_set_bytes(), "cpu_seconds": time.process_time(),
-            "compiler_refusals": dict(self._refused),
+            "compiler_refusals": dict(self._refused), "compilers": dict(RUNS),
         }
 
     def load(self, program: WorkerProgram) -> LoadedProgram:

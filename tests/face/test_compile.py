@@ -286,6 +286,37 @@ def test_higher_order_ops() -> None:
     check(lambda q, k, v: flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: s + (i - j)), q, k, v)
 
 
+def test_a_custom_op_brings_its_library_to_embedded_workers() -> None:
+    from tests.models.custom_ops import thrice
+
+    before = genie.session().links[0].incarnation
+    x = torch.randn(3, requires_grad=True)
+    y = torch.compile(lambda x: thrice(x.sin()), backend="genie")(x)
+    y.sum().backward()
+    same(x.grad, 3 * x.detach().cos())
+    assert genie.session().links[0].incarnation != before, "a new incarnation has imported it"
+
+
+@pytest.mark.fallback
+def test_a_custom_op_that_no_worker_can_import_runs_here() -> None:
+    @torch.library.custom_op("genielocal::plus", mutates_args=())
+    def plus(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    plus.register_fake(torch.empty_like)
+    plus._init_fn.__module__ = "__main__"
+    x = torch.randn(3)
+    for strict in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: plus(x) * 2, backend="genie", options={"strict": strict})
+        if strict:
+            with pytest.raises(genie.UnsupportedGraphError, match="--op-library"):
+                compiled(x)
+        else:
+            same(compiled(x), (x + 1) * 2)
+            assert sum(genie.get_stats()["fallbacks"].values()) == 1
+
+
 # -- autograd -------------------------------------------------------------------------------------------------
 
 
