@@ -191,7 +191,8 @@ class Config:
     """Every option. Make one with `Config.build(...)`; a direct construction is checked too."""
 
     policy: Policy = field(default="min_latency", metadata=_per_compile(
-        _not_yet(_choice("min_latency", "max_throughput", "min_cost"), "min_latency"), "what placement minimises"))
+        _not_yet(_choice("min_latency", "max_throughput", "min_cost"), "min_latency"),
+        "what placement minimises"))
     awareness: Awareness = field(default="full", metadata=_per_compile(
         _choice("full", "weights", "blind"), "what stays on workers: full (all that may; caches and other state not yet), weights, blind (nothing)"))
     worker_compiler: WorkerCompiler = field(default="flat", metadata=_per_compile(

@@ -35,14 +35,14 @@ Emit = Callable[[RunRecord, int, Any], bool]
 
 
 OF_INPUT = -1
-"""As the index of a SharedView: its memory is that of an input, which the client has."""
+"""As the holder of a SharedView: its memory is that of an input, which the client has."""
 
 
 class SharedView(NamedTuple):
-    """An output that shares memory with others. The first of them carries the memory, the others its index."""
+    """An output that shares memory with others. The first of them carries the memory, the others its return index."""
 
     memory: torch.Tensor | None
-    index: int
+    holder: int
     view: tensors.View
 
 
@@ -105,10 +105,10 @@ class Engine:
         if isinstance(value, torch.Tensor):
             return (m.INLINE, self.lane.stage(value, frames))
         if isinstance(value, SharedView):
-            if value.index == OF_INPUT:
+            if value.holder == OF_INPUT:
                 return (m.INPUT_VIEW, value.view)
             if value.memory is None:
-                return (m.ALIAS, value.index, value.view)
+                return (m.ALIAS, value.holder, value.view)
             return (m.SPAN, self.lane.stage(value.memory, frames), value.view)
         return value
 

@@ -28,7 +28,6 @@ from genie_dynamo.core.errors import (
 from genie_dynamo.core.limits import DEFAULT_LIMITS, Limits
 from genie_dynamo.core.program import WorkerProgram
 
-
 _NONE: frozenset[tuple[int, int]] = frozenset()
 
 

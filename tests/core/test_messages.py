@@ -11,14 +11,18 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import ProtocolError
 from genie_dynamo.core.wire import pack, unpack
 
-scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=9)
-anything = st.recursive(scalars | st.binary(max_size=9), lambda inner: st.lists(inner, max_size=4).map(tuple), max_leaves=9)
+scalars = (st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False)
+           | st.text(max_size=9))
+anything = st.recursive(scalars | st.binary(max_size=9), lambda inner: st.lists(inner, max_size=4).map(tuple),
+                        max_leaves=9)
 pairs = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=3).map(tuple)
 requests = st.integers(0, 2**32)
 messages = st.one_of(
     st.builds(m.Run, requests, requests, requests, st.lists(anything, max_size=3).map(tuple), pairs, pairs, pairs),
-    st.builds(m.Result, requests, st.lists(anything, max_size=3).map(tuple), st.just(()), st.floats(0, 9), st.floats(0, 9), requests),
-    st.builds(m.Hello, requests, st.binary(max_size=16), st.floats(0, 9), st.dictionaries(st.text(max_size=5), scalars, max_size=3)),
+    st.builds(m.Result, requests, st.lists(anything, max_size=3).map(tuple), st.just(()), st.floats(0, 9),
+              st.floats(0, 9), requests),
+    st.builds(m.Hello, requests, st.binary(max_size=16), st.floats(0, 9),
+              st.dictionaries(st.text(max_size=5), scalars, max_size=3)),
     st.builds(m.Push, st.binary(max_size=16), requests, requests, anything),
     st.builds(m.Free, pairs),
     st.just(m.Ping()),

@@ -80,7 +80,8 @@ def test_programs_say_where_each_value_comes_from_and_goes() -> None:
         assert WorkerProgram.from_wire(program.to_wire()) == program
 
 
-@pytest.mark.parametrize("data", [(), 5, (1, 2, 3, 4, 5, 6, 7, 8, 9, 10), (1, ((0, "text", (), (), None),), (), (), (), (), (), (), (), "flat"),
+@pytest.mark.parametrize("data", [(), 5, (1, 2, 3, 4, 5, 6, 7, 8, 9, 10),
+                                  (1, ((0, "text", (), (), None),), (), (), (), (), (), (), (), "flat"),
                                   (1, (), (), (), (), (), (), (), (), "eval")])
 def test_what_is_not_a_program_is_a_protocol_error(data: Any) -> None:
     with pytest.raises(ProtocolError):

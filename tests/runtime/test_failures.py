@@ -87,20 +87,23 @@ def test_a_worker_killed_in_a_call_is_replaced_and_the_call_repeated(own_session
     assert genie.get_stats()["events"]["call repeated after a worker was lost"] == 1
 
 
-def test_a_worker_killed_in_a_call_with_policy_error(own_session: Any, fresh_dynamo: None, matrix: torch.Tensor) -> None:
+def test_a_worker_killed_in_a_call_with_policy_error(own_session: Any, fresh_dynamo: None,
+                                                     matrix: torch.Tensor) -> None:
     own_session(workers=1, num_threads=1, strict=True, on_worker_loss="error")
     compiled = torch.compile(spin, backend="genie")
     compiled(matrix)
     started = time.monotonic()
     box, _ = kill_while_it_computes(compiled, matrix)
     error = box["error"]
-    assert isinstance(error, genie.WorkerLostError) and "SIGKILL" in str(error) and error.worker == "w0"  # type: ignore[attr-defined]
+    assert isinstance(error, genie.WorkerLostError) and "SIGKILL" in str(error)
+    assert error.facts["worker"] == "w0"
     assert time.monotonic() - started < 30
     assert torch.isfinite(compiled(matrix)).all(), "the next call has a new worker"
 
 
 @pytest.mark.fallback
-def test_a_worker_killed_in_a_call_with_policy_local(own_session: Any, fresh_dynamo: None, matrix: torch.Tensor) -> None:
+def test_a_worker_killed_in_a_call_with_policy_local(own_session: Any, fresh_dynamo: None,
+                                                     matrix: torch.Tensor) -> None:
     own_session(workers=1, num_threads=1, on_worker_loss="local")
     compiled = torch.compile(spin, backend="genie")
     expected = compiled(matrix)
@@ -193,7 +196,8 @@ def test_hostile_bytes_are_answered_and_the_worker_lives_on(session: Any, fresh_
         socket.linger = 0
         socket.rcvtimeo = 10_000
         socket.connect(address)
-        for data in (b"", b"\xc1", b"\x00" * 99, pack((99,)), pack((0, 1)), pack(m.to_wire(m.Run(7, 1, 1, (), (), (), ()))),
+        for data in (b"", b"\xc1", b"\x00" * 99, pack((99,)), pack((0, 1)),
+                     pack(m.to_wire(m.Run(7, 1, 1, (), (), (), ()))),
                      pack(m.to_wire(m.Hello(99, b"x" * 16, 0.0, {})))):
             socket.send(data)
             answer = m.from_wire(unpack(socket.recv()))
@@ -238,7 +242,8 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("end", ["", "raise RuntimeError('x')", "os._exit(3)", "os.kill(os.getpid(), 9)", "sys.exit(1)"])
+@pytest.mark.parametrize("end", ["", "raise RuntimeError('x')", "os._exit(3)", "os.kill(os.getpid(), 9)",
+                                 "sys.exit(1)"])
 def test_no_worker_outlives_its_client(end: str, tmp_path: Path) -> None:
     script = tmp_path / "main.py"
     script.write_text(textwrap.dedent(SCRIPT.format(end=end)))
@@ -299,7 +304,8 @@ def test_threads_call_at_once(session: Any, fresh_dynamo: None) -> None:
 def test_two_clients_share_a_worker_and_its_weights(tmp_path: Path) -> None:
     """Two processes, one worker: both right; the second one's weights do not travel again."""
     address = f"ipc://{tmp_path}/w"
-    worker = subprocess.Popen([sys.executable, "-m", "genie_dynamo.runtime.worker", "--bind", address, "--threads", "1"])
+    worker = subprocess.Popen([sys.executable, "-m", "genie_dynamo.runtime.worker", "--bind", address,
+                               "--threads", "1"])
     script = textwrap.dedent("""
         import sys, torch
         import genie_dynamo as genie

@@ -67,7 +67,8 @@ def use_set(p: torch.nn.Parameter) -> None:
         p.set_(torch.randn_like(p))
 
 
-@pytest.mark.parametrize("edit", [edit_in_place, edit_view, swap_data, step_sgd, step_fused_adamw, edit_all_of_data, use_set])
+@pytest.mark.parametrize("edit", [edit_in_place, edit_view, swap_data, step_sgd, step_fused_adamw, edit_all_of_data,
+                                  use_set])
 def test_an_edit_is_seen_at_the_next_look(edit: Callable[[torch.nn.Parameter], None]) -> None:
     p = torch.nn.Parameter(torch.randn(4, 4))
     statics = StaticSet(Table().residency, (0,), NOTHING)

@@ -69,7 +69,8 @@ class Worker:
 
     def load(self, **changes: Any) -> list[Command]:
         fields: dict[str, Any] = {
-            "program_id": 1, "fragments": (FragmentProgram(fragment_id=0, spec=b"", inputs=(0,), outputs=(1,), rng=None),),
+            "program_id": 1,
+            "fragments": (FragmentProgram(fragment_id=0, spec=b"", inputs=(0,), outputs=(1,), rng=None),),
             "inputs": (0,), "receives": (), "sends": (), "returns": (1,), "keeps": (),
         }
         return self.send(m.Load(1, WorkerProgram(**{**fields, **changes}).to_wire()))
