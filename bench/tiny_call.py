@@ -1,7 +1,9 @@
 """The smallest remote call: 1 KB in, one op, 1 KB out.
 
 Floor: a bare pyzmq DEALER/ROUTER echo of 1 KB with a process over the same kind of transport. What is left is
-what the client (guards, argument check, message) and the worker (message, run, message) add.
+what the client (guards, argument check, message) and the worker (message, run, message) add. "pyzmq ipc, op run" is
+the same echo with the op between: two processes that use torch leave each other's caches and the sockets' code cold,
+and this side shows how much of the distance from the floor that is.
 """
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import Any
 from bench.harness import Case, Settings, Side, Step, measure, ratio_target
 
 LIMIT_OVER_FLOOR = 1.6
+OP_RUN = "pyzmq ipc, op run"
 
 
 def _step(run: Callable[[Any], Any], params: Mapping[str, Any], **more: Any) -> Step:
@@ -64,6 +67,8 @@ def run(settings: Settings) -> Iterator[Case]:
             params = {**common, "transport": kind}
             sides += [Side(module=__name__, factory="pyzmq", name=f"pyzmq {kind}", params=params),
                       Side(module=__name__, factory="genie", name=f"genie {kind}", params=params)]
+        if not settings.quick:
+            sides.append(Side(module="bench.peers", factory="pyzmq", name=OP_RUN, params={"work": "tiny"}))
         seen = measure(settings, sides, blocks=1 if settings.quick else 4, samples=50 if settings.quick else 250,
                        settle=20, threads=threads, pinned=pinned)
         ratios, targets = [], []
@@ -71,5 +76,7 @@ def run(settings: Settings) -> Iterator[Case]:
             over_floor = seen.ratio(f"genie {kind}", f"pyzmq {kind}")
             ratios += [over_floor] + [seen.ratio(f"genie {kind}", f"local {how}") for how in ("empty", "eager")]
             targets.append(ratio_target(f"tiny call over the pyzmq floor ({kind})", over_floor, LIMIT_OVER_FLOOR))
+        if OP_RUN in seen:
+            ratios.append(seen.ratio("genie ipc", OP_RUN))
         yield Case(bench="tiny_call", title="1 KB in, one op, 1 KB out", threads=threads, pinned=pinned,
                    series=seen.series, ratios=tuple(ratios), targets=tuple(targets), per_call=seen.per_call)

@@ -130,5 +130,7 @@ def _foreign_devices(gm: fx.GraphModule) -> tuple[str, ...]:
 
 
 def _namespaces(gm: fx.GraphModule) -> frozenset[str]:
-    found = {node.target.namespace for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    """Op namespaces beside torch's own, also of ops that a higher-order op takes as arguments."""
+    found = {item.namespace for node in gm.graph.nodes for item in (node.target, *node.args)
+             if isinstance(item, torch._ops.OpOverload)}
     return frozenset(found - _BUILT_IN)

@@ -464,7 +464,8 @@ def test_verify_compares_with_a_local_run() -> None:
 def test_stats_have_the_documented_shape() -> None:
     torch.compile(lambda x: x + 1, backend="genie")(torch.ones(256))
     stats = genie.get_stats()
-    documented = {"calls", "fragment_runs", "bytes_sent", "bytes_received", "by_reason", "seconds", "fallbacks", "workers"}
+    documented = {"calls", "fragment_runs", "bytes_sent", "bytes_received", "by_reason", "seconds", "fallbacks",
+                  "workers"}
     assert documented <= set(stats)
     assert set(stats["by_reason"]) == {"weights", "inputs", "outputs", "state", "gradients", "control"}
     assert set(stats["seconds"]) == {"dispatch", "wait", "transfer", "compute"}
