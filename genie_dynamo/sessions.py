@@ -4,6 +4,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -136,8 +137,13 @@ def _open(config: Config, op_libraries: Sequence[str]) -> Session:
 def _op_modules(namespaces: frozenset[str]) -> tuple[str, ...]:
     """Importable modules that define the custom ops of these namespaces in this process."""
     from torch._library.custom_ops import OPDEFS
+    from torch._library.simple_registry import singleton
 
     modules = {str(d._init_fn.__module__) for d in OPDEFS.values() if d._namespace in namespaces}
+    # Ops of torch.library.define are known by the file that registered their fake kernel.
+    files = {str(kernel.source).rpartition(":")[0] for name, entry in singleton._data.items()
+             if name.split("::")[0] in namespaces for kernel in entry.fake_impl.kernels}
+    modules |= {name for name, module in list(sys.modules.items()) if getattr(module, "__file__", None) in files}
     return tuple(sorted(modules - {"__main__"}))
 
 

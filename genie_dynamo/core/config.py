@@ -194,7 +194,8 @@ class Config:
         _not_yet(_choice("min_latency", "max_throughput", "min_cost"), "min_latency"),
         "what placement minimises"))
     awareness: Awareness = field(default="full", metadata=_per_compile(
-        _choice("full", "weights", "blind"), "what stays on workers: full (all that may; caches and other state not yet), weights, blind "
+        _choice("full", "weights", "blind"),
+        "what stays on workers: full (all that may; caches and other state not yet), weights, blind "
         "(nothing)"))
     worker_compiler: WorkerCompiler = field(default="flat", metadata=_per_compile(
         _choice("flat", "inductor", "auto"), "how workers run a fragment; auto takes the faster"))
