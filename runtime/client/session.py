@@ -28,6 +28,7 @@ from genie_dynamo.runtime.telemetry import Telemetry
 log = logging.getLogger(__name__)
 
 HOUSEKEEPING_S = 1.0
+CLOSE_TIMEOUT_S = 2.0
 
 
 class Session:
@@ -50,6 +51,7 @@ class Session:
         self._ids = itertools.count(1)
         self._lock = threading.RLock()
         self._stop = threading.Event()
+        self._housekeeper: threading.Thread | None = None
         self.residency = Residency(config.fingerprint_samples, self._queue_free, self.next_id)
         self.monitor = HeartbeatMonitor(interval_s=config.heartbeat_interval_s, timeout_s=config.heartbeat_timeout_s)
         self.links: list[WorkerLink] = []
@@ -189,6 +191,7 @@ class Session:
             return
         self.closed = reason
         self._stop.set()
+        self._settle()
         for link in self.links:
             if link.embedded is None and not link.lost:
                 try:
@@ -201,6 +204,17 @@ class Session:
             if link.embedded is not None:
                 link.embedded.close()
         self._context.destroy(linger=0)
+
+    def _settle(self) -> None:
+        """Let other threads leave: a ZeroMQ socket must not be closed while its thread is inside it.
+
+        Calls under way see within a tenth of a second that the session is closed, and raise SessionClosedError.
+        """
+        if self._housekeeper is not None and threading.current_thread() is not self._housekeeper:
+            self._housekeeper.join(timeout=CLOSE_TIMEOUT_S)
+        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
+        while any(link.in_flight for link in self.links) and time.monotonic() < deadline_s:
+            time.sleep(0.005)
 
     def __enter__(self) -> Session:
         return self

@@ -301,6 +301,21 @@ def test_threads_call_at_once(session: Any, fresh_dynamo: None) -> None:
         torch.testing.assert_close(results[index], value)
 
 
+def test_shutdown_in_the_middle_of_a_call_ends_the_call(own_session: Any, fresh_dynamo: None,
+                                                         matrix: torch.Tensor) -> None:
+    own_session(workers=1, num_threads=1, strict=True)
+    compiled = torch.compile(spin, backend="genie")
+    compiled(matrix)
+    pid = worker_pid()
+    before = cpu_seconds(pid)
+    thread, box = in_a_thread(lambda: compiled(matrix))
+    wait_until(lambda: cpu_seconds(pid) > before + 0.1)
+    genie.shutdown()
+    thread.join(30)
+    assert isinstance(box["error"], genie.SessionClosedError)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
 def test_two_clients_share_a_worker_and_its_weights(tmp_path: Path) -> None:
     """Two processes, one worker: both right; the second one's weights do not travel again."""
     address = f"ipc://{tmp_path}/w"

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.yardsticks.harness import BACKEND
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -15,6 +17,21 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def runs_on_workers() -> Iterator[None]:
+    """Fails a test that used the backend without giving a worker anything to run."""
+    if BACKEND != "genie":
+        yield
+        return
+    import genie_dynamo as genie
+
+    before = genie.get_stats()["fragment_runs"]
+    yield
+    stats = genie.get_stats()
+    assert stats["fragment_runs"] > before, "no fragment ran on a worker"
+    assert not stats["fallbacks"], stats["fallbacks"]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from tests.models.architectures import ARCHITECTURES, build, loss_of, output_tensors
@@ -46,6 +47,7 @@ def _training_case(name: str) -> Case:
     return Case(key=f"architectures/training/{name}", observe=observe, fullgraph=fullgraph)
 
 
+@pytest.mark.usefixtures("runs_on_workers")
 @parametrize(cases())
 def test_architecture(case: Case) -> None:
     case.run()

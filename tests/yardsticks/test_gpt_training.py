@@ -25,6 +25,7 @@ BATCH = 8
 CONTEXT = 64
 
 
+@pytest.mark.usefixtures("runs_on_workers")
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["no_dropout", "dropout"])
 def test_loss_curve_equals_eagers(dropout: float) -> None:
     train = functools.partial(_train, dropout=dropout)

@@ -15,6 +15,8 @@ from transformers import AutoModel, AutoTokenizer
 from tests.models.text import sentences
 from tests.yardsticks.harness import BACKEND, assert_same
 
+pytestmark = pytest.mark.usefixtures("runs_on_workers")
+
 NUM_SENTENCES = 64
 BATCH = 16
 
