@@ -27,6 +27,7 @@ def runs_on_workers() -> Iterator[None]:
         return
     import genie_dynamo as genie
 
+    genie.session()  # opens the default session where no test has yet
     before = genie.get_stats()["fragment_runs"]
     yield
     stats = genie.get_stats()
