@@ -86,6 +86,9 @@ class Run(NamedTuple):
     keeps: tuple[tuple[int, int], ...]       # (tensor id, epoch) for program.keeps, in order; empty: return them
     incoming: tuple[tuple[int, int], ...]    # (tensor id, epoch) that a Put on its way will bring
     frees: tuple[tuple[int, int], ...]       # (tensor id, epoch) no longer needed
+    template: int = 0
+    """Resident arguments need not be said in every call. n > 0: remember this call's as template n of the program;
+    -n: take them from template n, `arguments` holds the others; 0: neither. Only epochs >= 1 are remembered."""
 
 
 class Partial(NamedTuple):
@@ -190,7 +193,7 @@ _FIELD_TYPES: dict[str, Any] = {
     "tensor": tuple, "digest": (bytes, type(None)), "program_id": int, "call_id": int, "arguments": tuple,
     "keeps": tuple, "incoming": tuple, "frees": tuple, "values": tuple, "kept": tuple, "compute_s": _NUMBER,
     "queue_s": _NUMBER, "resident_bytes": int, "kind": str, "message": str, "value_id": int, "tensors": tuple,
-    "value": object, "info": object,
+    "value": object, "info": object, "template": int,
 }
 _CHECKS: tuple[tuple[Any, ...], ...] = tuple(tuple(_FIELD_TYPES[f] for f in cls._fields) for cls in _TYPES)
 _PAIR_FIELDS = frozenset({"keeps", "incoming", "frees", "tensors"})

@@ -16,6 +16,22 @@ from genie_dynamo.runtime.client.workers import WorkerLink
 RNG_ARGUMENT = -1
 
 
+class Template:
+    """References to the resident parameters of a program, and the look at them for which they hold.
+
+    Once a call with `number` has succeeded (`known`), the worker remembers them and only the others are sent.
+    """
+
+    __slots__ = ("known", "number", "others", "references", "seen")
+
+    def __init__(self, seen: Seen | None, references: list[Any], arguments: Sequence[int], number: int) -> None:
+        self.seen = seen
+        self.references = references
+        self.others = tuple((slot, index) for slot, index in enumerate(arguments) if references[slot] is None)
+        self.number = number
+        self.known = False
+
+
 class BoundProgram:
     """One worker's program of a bound plan."""
 
@@ -34,8 +50,7 @@ class BoundProgram:
         self.keep_updates = dict(enumerate(updates, self.num_saved))
         """Index of a kept value -> position of the parameter or buffer that it becomes. The others are activations."""
         self.num_fragments = len(program.fragments)
-        self.cached: tuple[Seen | None, list[Any]] = (None, [None] * len(self.arguments))
-        """References to resident parameters, by argument, and the look at them for which they hold."""
+        self.template = Template(None, [None] * len(self.arguments), self.arguments, 0)
 
 
 class Binding:

@@ -28,7 +28,7 @@ from genie_dynamo.core.errors import (
 )
 from genie_dynamo.core.plan import Plan
 from genie_dynamo.core.tensors import view_of, view_of_input
-from genie_dynamo.runtime.client.binding import RNG_ARGUMENT, Binding, BoundProgram, bind
+from genie_dynamo.runtime.client.binding import RNG_ARGUMENT, Binding, BoundProgram, Template, bind
 from genie_dynamo.runtime.client.calls import Answered, Broke, CallState
 from genie_dynamo.runtime.client.connection import POLL_MS, Connection, to_error
 from genie_dynamo.runtime.client.residency import Entry, Seen, StaticSet
@@ -61,6 +61,7 @@ class Part(NamedTuple):
     needs: Needs
     keeps: tuple[tuple[int, int], ...]
     sent: dict[str, int]
+    template: Template
 
 
 Kept = tuple[Part, int, Any]
@@ -134,9 +135,9 @@ class RemoteGraph:
             part.refusal = str(error)
             log.warning("%s runs locally, the worker refuses it: %s", self.info.label, error)
             return self._locally(session, part.refusal, values)
-        except StaleHandleError:
+        except StaleHandleError as error:
             # Another thread renewed a parameter between our look and the worker's: look again, once.
-            if any(handle_of(v) is not None for v in values):
+            if "template" not in error.facts and any(handle_of(v) is not None for v in values):
                 raise
             session.residency.stamp += 1
             session.telemetry.event("stale handle, call repeated")
@@ -237,18 +238,21 @@ class RemoteGraph:
         try:
             frames: list[Any] = []
             sent: dict[str, int] = {}
-            cached_for, template = bound.cached
-            if seen is not None and cached_for is not seen:
+            template = bound.template
+            if seen is not None and template.seen is not seen:
                 needs, template = self._refresh(session, bound, args, seen, part, connection, deadline_s)
-            encoded = list(template)
-            for slot, index in enumerate(bound.arguments):
-                if encoded[slot] is None:
-                    encoded[slot] = self._encode(session, link, args, index, handles, frames, sent, lane)
+            encoded: list[Any] = [] if template.known else list(template.references)
+            for slot, index in template.others:
+                value = self._encode(session, link, args, index, handles, frames, sent, lane)
+                if template.known:
+                    encoded.append(value)
+                else:
+                    encoded[slot] = value
             keeps = self._keeps(session, bound) if keep else ()
             request = connection.next_request()
             header = connection.send(
                 m.Run(request, bound.program.program_id, call_id, tuple(encoded), keeps, tuple(needs.incoming),
-                      link.take_frees()), frames)
+                      link.take_frees(), -template.number if template.known else template.number), frames)
             inline = sum(sent.values()) - (sum(map(len, frames)) if frames else 0)
             sent["control"] = header - inline
             for upload in needs.changed:
@@ -257,26 +261,27 @@ class RemoteGraph:
             unclaim(session.residency, link, [*needs.fresh, *needs.changed])
             connection.close()
             raise
-        return Part(bound, connection, request, needs, keeps, sent)
+        return Part(bound, connection, request, needs, keeps, sent, template)
 
     def _refresh(self, session: Session, bound: BoundProgram, args: Sequence[Any], seen: Seen, part: SessionPart,
-                 connection: Connection, deadline_s: float) -> tuple[Needs, list[Any]]:
+                 connection: Connection, deadline_s: float) -> tuple[Needs, Template]:
         """Something about the parameters has changed: new references, and what the worker lacks of them."""
         assert part.statics is not None
         slots = {index: slot for slot, index in enumerate(bound.arguments)}
         chosen = [(slots[p], e, args[p]) for p, e in zip(part.statics.positions, seen.entries, strict=True)
                   if p in slots]
-        template: list[Any] = [None] * len(bound.arguments)
+        references: list[Any] = [None] * len(bound.arguments)
         for slot, entry, _ in chosen:
-            template[slot] = (m.RESIDENT, entry.tensor_id, entry.epoch)
+            references[slot] = (m.RESIDENT, entry.tensor_id, entry.epoch)
         needs = find_needs(session.residency, bound.link, [e for _, e, _ in chosen], [t for _, _, t in chosen])
         if needs.fresh:
             send_fresh(connection, self._lane, bound.link, needs.fresh, session.telemetry, deadline_s=deadline_s,
                        progress=session.config.progress)
-        if not needs.incoming:
-            # All of it is known to be there: the next call may reuse the references without another look.
-            bound.cached = (seen, template)
-        return needs, template
+        if needs.incoming:
+            return needs, Template(seen, references, bound.arguments, 0)
+        # All of it is known to be there: the next calls may reuse the references without another look.
+        bound.template = Template(seen, references, bound.arguments, session.next_id() if chosen else 0)
+        return needs, bound.template
 
     def _encode(self, session: Session, link: WorkerLink, args: Sequence[Any], index: int,
                 handles: dict[int, SavedHandle], frames: list[Any], sent: dict[str, int], lane: ZmqFrames) -> Any:
@@ -394,6 +399,8 @@ class RemoteGraph:
                     kept[name] = (p, index, state.results[worker].kept[index])
                 else:
                     named.setdefault(name, values[len(bound.return_names) + index])
+            if p.template.number:
+                p.template.known = True
             if p.needs.incoming and seen is not None:
                 acknowledge(session.residency, bound.link, seen.entries, p.needs.incoming)
         if self.plan.mutations:
@@ -460,7 +467,7 @@ class RemoteGraph:
         for part in parts:
             unclaim(session.residency, part.bound.link, [*part.needs.fresh, *part.needs.changed])
             part.bound.link.frees.extend(part.keeps)
-            part.bound.cached = (None, part.bound.cached[1])
+            part.bound.template = Template(None, part.template.references, part.bound.arguments, 0)
             settled = len(parts) == 1 and isinstance(state.error, GenieError) and not part.bound.link.lost \
                 and not isinstance(state.error, WorkerTimeoutError)
             if settled:

@@ -250,7 +250,7 @@ class StaticSet:
         """The state of all of them; the same object as last time if nothing has changed."""
         statics = self._pick(args)
         versions = [t._version for t in statics]
-        pointers = [t.data_ptr() for t in statics]
+        pointers = list(map(Tensor.data_ptr, statics))
         seen, residency = self._seen, self._residency
         if (seen is not None and seen.versions == versions and seen.pointers == pointers
                 and seen.stamp == residency.stamp and not residency.sample_round(seen.sampled)):

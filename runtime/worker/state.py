@@ -35,6 +35,7 @@ class Toolbox(Protocol):
     """What the state machine needs of the world: pure functions over opaque tensors and programs."""
 
     def land(self, wire: Any, frames: Sequence[Any]) -> Any: ...
+    def own(self, tensor: Any) -> Any: ...
     def load(self, program: WorkerProgram) -> Any: ...
     def content_bytes(self, tensor: Any) -> Any: ...
     def size_bytes(self, tensor: Any) -> int: ...
@@ -66,6 +67,16 @@ class RunRecord:
         self.awaited.discard(value_id)
 
 
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The resident arguments of a program's last calls, so that the next ones need not name them."""
+
+    number: int
+    env: dict[int, Any]
+    keys: frozenset[tuple[int, int]]                       # (tensor id, epoch) of what env holds
+    others: tuple[int, ...]                                # value ids of the arguments that each call brings
+
+
 @dataclass(slots=True, eq=False)
 class SessionState:
     """One client's life on this worker."""
@@ -77,6 +88,7 @@ class SessionState:
     programs: dict[int, tuple[WorkerProgram, Any]] = field(default_factory=dict)
     tensors: dict[tuple[int, int], Any] = field(default_factory=dict)
     resident_bytes: int = 0
+    templates: dict[int, Template] = field(default_factory=dict)         # program id -> its remembered arguments
     mailbox: dict[int, dict[int, Any]] = field(default_factory=dict)     # call id -> value id -> value
     cancelled: dict[int, None] = field(default_factory=dict)             # call ids whose late pushes are dropped
     runs: dict[int, list[RunRecord]] = field(default_factory=dict)       # call id -> runs
@@ -142,6 +154,16 @@ def failure(request: int, error: BaseException) -> m.Failure:
         return m.Failure(request, kind, str(error), facts)
     notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
     return m.Failure(request, RemoteExecutionError.__name__, f"{error}{notes}", {"exception": kind})
+
+
+def _template(run: RunRecord) -> Template:
+    """What a call with all its arguments leaves to be remembered."""
+    resident: dict[int, tuple[int, int]] = {}
+    for value_id, argument in zip(run.program.inputs, run.message.arguments, strict=True):
+        if type(argument) is tuple and argument[0] == m.RESIDENT and argument[2] >= 1 and value_id in run.env:
+            resident[value_id] = (argument[1], argument[2])
+    return Template(run.message.template, {v: run.env[v] for v in resident}, frozenset(resident.values()),
+                    tuple(v for v in run.program.inputs if v not in resident))
 
 
 class WorkerState:
@@ -238,7 +260,7 @@ class WorkerState:
         message: m.Put = event.message  # type: ignore[assignment]
         key = (message.tensor_id, message.epoch)
         try:
-            tensor = self._tools.land(message.tensor, event.frames)
+            tensor = self._tools.own(self._tools.land(message.tensor, event.frames))
             if message.digest is not None:
                 self._remember(message.digest, tensor)
         except Exception as error:
@@ -287,6 +309,9 @@ class WorkerState:
         session.resident_bytes += self._tools.size_bytes(tensor)
 
     def _discard(self, session: SessionState, key: tuple[int, int]) -> None:
+        if key[1]:
+            for program_id in [p for p, t in session.templates.items() if key in t.keys]:
+                del session.templates[program_id]
         tensor = session.tensors.pop(key, None)
         session.broken.pop(key, None)
         if tensor is not None:
@@ -300,8 +325,15 @@ class WorkerState:
         if entry is None:
             raise StaleHandleError(f"program {message.program_id} is not loaded in this session")
         program, loaded = entry
-        if len(message.arguments) != len(program.inputs):
-            raise ProtocolError(f"program {program.program_id} takes {len(program.inputs)} arguments, "
+        template, value_ids = None, program.inputs
+        if message.template < 0:
+            template = session.templates.get(message.program_id)
+            if template is None or template.number != -message.template:
+                raise StaleHandleError(f"the arguments remembered as {-message.template} are gone; send all of them",
+                                       template=-message.template)
+            value_ids = template.others
+        if len(message.arguments) != len(value_ids):
+            raise ProtocolError(f"program {program.program_id} takes {len(value_ids)} arguments, "
                                 f"{len(message.arguments)} came")
         if message.keeps and len(message.keeps) != len(program.keeps):
             raise ProtocolError(f"program {program.program_id} keeps {len(program.keeps)} values, "
@@ -310,8 +342,12 @@ class WorkerState:
             raise WorkerBusyError(f"{self._limits.waiting_runs_per_session} runs of this session wait already")
         run = RunRecord(session, event.connection, message, program, loaded, {}, {}, set(), event.now_s)
         incoming = set(message.incoming) if message.incoming else _NONE
-        for value_id, argument in zip(program.inputs, message.arguments, strict=True):
+        if template is not None:
+            run.env.update(template.env)
+        for value_id, argument in zip(value_ids, message.arguments, strict=True):
             self._bind(run, value_id, argument, event.frames, incoming)
+        if message.template > 0:
+            session.templates[message.program_id] = _template(run)
         if program.receives:
             box = session.mailbox.pop(message.call_id, {})
             run.env.update(box)
@@ -381,6 +417,7 @@ class WorkerState:
 
     def _drop(self, session: SessionState, event: Received) -> list[Command]:
         session.programs.pop(event.message.program_id, None)  # type: ignore[union-attr]
+        session.templates.pop(event.message.program_id, None)  # type: ignore[union-attr]
         return []
 
     def _fetch(self, session: SessionState, event: Received) -> list[Command]:
@@ -457,5 +494,6 @@ class WorkerState:
         session.runs.clear()
         session.tensors.clear()
         session.programs.clear()
+        session.templates.clear()
         session.mailbox.clear()
         return [Abandon(run) for run in runs]

@@ -43,8 +43,9 @@ def test_only_messages_are_messages(data: Any) -> None:
     assert m.to_wire(message) == data
 
 
-@pytest.mark.parametrize("data", [None, (), (99,), ("Run",), (True,), (0, 1), (10, 1, 1, 1, (), ((1,),), (), ()),
-                                  (10, 1, 1, 1, (), (), ((1, "x"),), ()), (10, "1", 1, 1, (), (), (), ())])
+@pytest.mark.parametrize("data", [None, (), (99,), ("Run",), (True,), (0, 1), (10, 1, 1, 1, (), ((1,),), (), (), 0),
+                                  (10, 1, 1, 1, (), (), ((1, "x"),), (), 0), (10, "1", 1, 1, (), (), (), (), 0),
+                                  (10, 1, 1, 1, (), (), (), (), "0")])
 def test_wrong_tags_arities_and_types(data: Any) -> None:
     with pytest.raises(ProtocolError):
         m.from_wire(data)

@@ -35,6 +35,9 @@ class Tools:
     def land(self, wire: Any, frames: Any) -> Blob:
         return Blob(wire[0])
 
+    def own(self, tensor: Blob) -> Blob:
+        return tensor
+
     def load(self, program: WorkerProgram) -> str:
         return f"loaded {program.program_id}"
 
@@ -243,3 +246,15 @@ def test_a_draining_worker_serves_old_sessions_and_refuses_new_ones(worker: Work
 
 def test_a_message_for_clients_is_refused(worker: Worker) -> None:
     assert failure_of(worker.send(m.Done(1, None))).kind == "ProtocolError"
+
+
+def test_resident_arguments_are_remembered_until_one_of_them_is_freed(worker: Worker) -> None:
+    worker.load(inputs=(0, 7))
+    worker.send(m.Put(4, 1, (b"w",), None))
+    run_of(worker.send(m.Run(5, 1, 9, (inline(b"x"), (m.RESIDENT, 4, 1)), (), (), (), 3)))
+    run = run_of(worker.send(m.Run(6, 1, 10, (inline(b"y"),), (), (), (), -3)))
+    assert run.env[0].content == b"y" and run.env[7].content == b"w"
+    assert failure_of(worker.send(m.Run(6, 1, 11, (inline(b"y"),), (), (), (), -2))).kind == "StaleHandleError"
+    assert failure_of(worker.send(m.Run(6, 1, 11, (), (), (), (), -3))).kind == "ProtocolError"
+    worker.send(m.Free(((4, 1),)))
+    assert failure_of(worker.send(m.Run(6, 1, 12, (inline(b"y"),), (), (), (), -3))).kind == "StaleHandleError"
