@@ -4,7 +4,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 export TORCH_SPEC PYTHON GENIE_SYSTEM
 
-# Seconds that the suites may take on two idle cores; they are stopped at twice that.
+# Seconds that the suites may take on two idle cores; they are stopped at three times that.
 TEST_BUDGET_S ?= 720
 TEST_LONG_BUDGET_S ?= 3600
 TEST_PROCESSES ?= 2
