@@ -161,7 +161,7 @@ def test_ci_runs_the_tests() -> None:
 ])
 def test_the_runner_of_tests_keeps_status_and_budget(
         tmp_path: Path, budget_s: str, body: str, status: int, says: str) -> None:
-    """The last one hangs; the runner ends it after twice the budget."""
+    """The last one hangs; the runner ends it after three times the budget."""
     test = tmp_path / "test_one.py"
     test.write_text(f"def test_one():\n    {body}\n")
     done = subprocess.run([ROOT / "tools" / "run_tests.sh", budget_s, "-p", "no:cacheprovider", "-q", "--rootdir",
