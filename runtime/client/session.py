@@ -17,10 +17,12 @@ import zmq
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import GenieError, SessionClosedError, WorkerError, WorkerLostError
+from genie_dynamo.runtime.client.connection import to_error
 from genie_dynamo.runtime.client.residency import Residency
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.cluster import WorkerAddress
 from genie_dynamo.runtime.heartbeat import HeartbeatMonitor
+from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.launcher import EmbeddedWorker, start_embedded
 from genie_dynamo.runtime.security import Security
 from genie_dynamo.runtime.telemetry import Telemetry
@@ -147,8 +149,6 @@ class Session:
 
     def fetch(self, link: WorkerLink, tensor_id: int, epoch: int) -> torch.Tensor:
         """Bring a resident tensor here. Raises: StaleHandleError, WorkerError."""
-        from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
-
         with link.connection() as connection:
             deadline_s = time.monotonic() + self.config.timeout_s
             request = connection.next_request()
@@ -156,8 +156,6 @@ class Session:
             while True:
                 answer, frames, header_bytes = connection.receive(deadline_s)
                 if isinstance(answer, m.Failure):
-                    from genie_dynamo.runtime.client.connection import to_error
-
                     raise to_error(answer, link.address)
                 if isinstance(answer, m.Result) and answer.request == request:
                     break
