@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs pytest, says how long it took of its budget, and stops it at three times that: `tools/run_tests.sh SECONDS ARGS...`
-# Over the budget is a warning, because machines differ; at three times the budget something hangs.
+# Over the budget is a warning, because machines differ; at twice the budget something hangs or the machine is busy.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 budget_s=$1; shift
