@@ -321,6 +321,7 @@ def test_ctrl_c_is_the_clients_to_handle(tmp_path: Path) -> None:
     script.write_text(PRELUDE + textwrap.dedent("""
         workers = start()
         try:
+            print("waiting", flush=True)
             signal.pause()
         except KeyboardInterrupt:
             print(workers[0].alive, flush=True)
@@ -329,6 +330,7 @@ def test_ctrl_c_is_the_clients_to_handle(tmp_path: Path) -> None:
                                env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True)
     assert process.stdout is not None
     pid = int(process.stdout.readline().split()[0])
+    assert process.stdout.readline() == "waiting\n"
     os.killpg(process.pid, signal.SIGINT)      # what a terminal does: to the whole group
     with process.stdout as out:
         assert out.read() == "True\n"
