@@ -28,7 +28,8 @@ from genie_dynamo.passes.facts import read_facts, read_guards
 from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
 from genie_dynamo.passes.pipeline import run_pipeline
 from genie_dynamo.passes.planning import Assign, plan_graph
-from genie_dynamo.runtime.client.remote_graph import GraphInfo, RemoteGraph, materialize
+from genie_dynamo.runtime.client.attempt import GraphInfo
+from genie_dynamo.runtime.client.remote_graph import RemoteGraph, materialize
 
 log = logging.getLogger(__name__)
 

@@ -116,7 +116,8 @@ class FlatPlan:
         registers = self._enter(inputs)
         steps = iter(self._steps)
         grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
+        if grad:
+            torch._C._set_grad_enabled(False)
         try:
             with torch._C._AutoDispatchBelowAutograd():
                 for step in steps:
@@ -126,7 +127,8 @@ class FlatPlan:
             self._annotate(exc, len(self._steps) - length_hint(steps) - 1, registers)
             raise
         finally:
-            torch._C._set_grad_enabled(grad)
+            if grad:
+                torch._C._set_grad_enabled(True)
 
     def start(self, inputs: list[Any]) -> FlatRun:
         """A run that can wait for inputs (MISSING) and be interrupted. Takes the inputs out of the list."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from genie_dynamo.core.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 RESIDENT = 0
 INLINE = 1
@@ -34,6 +34,7 @@ class Hello(NamedTuple):
     session: bytes          # 16 random bytes; whoever knows them may push values into the session
     lease_s: float
     facts: dict[str, Any]   # torch version, pid, awareness: for people who read logs
+    route: bytes = b""      # on a stream: the connection (Welcome.connection) for answers too large for a stream
 
 
 class Welcome(NamedTuple):
@@ -42,6 +43,8 @@ class Welcome(NamedTuple):
     version: int
     incarnation: str
     heartbeat_address: str
+    stream_address: str     # where the worker takes runs over a stream (runtime/lanes/stream.py); empty: nowhere
+    connection: bytes       # how the worker names this connection
     facts: dict[str, Any]   # device, threads, torch version, pid, memory
 
 
@@ -189,11 +192,12 @@ _TAG_OF: dict[type[Any], int] = {cls: tag for tag, cls in enumerate(_TYPES)}
 _NUMBER = (int, float)
 _FIELD_TYPES: dict[str, Any] = {
     "version": int, "session": bytes, "lease_s": _NUMBER, "facts": dict, "incarnation": str,
-    "heartbeat_address": str, "request": int, "program": tuple, "digests": tuple, "tensor_id": int, "epoch": int,
-    "tensor": tuple, "digest": (bytes, type(None)), "program_id": int, "call_id": int, "arguments": tuple,
-    "keeps": tuple, "incoming": tuple, "frees": tuple, "values": tuple, "kept": tuple, "compute_s": _NUMBER,
-    "queue_s": _NUMBER, "resident_bytes": int, "kind": str, "message": str, "value_id": int, "tensors": tuple,
-    "value": object, "info": object, "template": int,
+    "heartbeat_address": str, "stream_address": str, "connection": bytes, "route": bytes, "request": int,
+    "program": tuple, "digests": tuple, "tensor_id": int, "epoch": int, "tensor": tuple,
+    "digest": (bytes, type(None)), "program_id": int, "call_id": int, "arguments": tuple, "keeps": tuple,
+    "incoming": tuple, "frees": tuple, "values": tuple, "kept": tuple, "compute_s": _NUMBER, "queue_s": _NUMBER,
+    "resident_bytes": int, "kind": str, "message": str, "value_id": int, "tensors": tuple, "value": object,
+    "info": object, "template": int,
 }
 _CHECKS: tuple[tuple[Any, ...], ...] = tuple(tuple(_FIELD_TYPES[f] for f in cls._fields) for cls in _TYPES)
 _PAIR_FIELDS = frozenset({"keeps", "incoming", "frees", "tensors"})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -99,6 +99,53 @@ def check_form(wire: Any) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...]
             if type(size) is not int or size < 0:
                 raise ProtocolError(f"sizes and strides are integers >= 0, got {size!r} in {dims!r:.80}")
     return DTYPES[code], shape, stride, payload, len(wire) == 5 and bool(wire[4])
+
+
+class Form(NamedTuple):
+    """A wire form that was checked, without its payload."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    core: tuple[int, ...]             # the shape whose bytes travel
+    core_stride: tuple[int, ...]      # how they lie
+    gaps: bool
+    size_bytes: int
+
+
+_forms: dict[Any, Form] = {}
+_MAX_FORMS = 1024
+
+
+def form_of(wire: Any) -> Form:
+    """`check_form`, with what follows from the form; remembered, since few forms come again and again.
+
+    Raises: ProtocolError.
+    """
+    try:
+        key = (wire[:3], len(wire) == 5 and wire[4])
+        form = _forms.get(key)
+    except (TypeError, IndexError):
+        form = key = None             # nothing that is right is unhashable
+    if form is None:
+        dtype, shape, stride, _, gaps = check_form(wire)
+        core = core_shape(shape, stride)
+        form = Form(dtype, shape, stride, core, contiguous_stride(core) if gaps else stride, gaps,
+                    numel(core) * dtype.itemsize)
+        if len(_forms) >= _MAX_FORMS:
+            _forms.clear()
+        _forms[key] = form
+    return form
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def core_shape(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from genie_dynamo.core import messages as m
-from genie_dynamo.core.plan import RNG_STATE, Plan
+from genie_dynamo.core.plan import RNG_STATE, Output, Plan
 from genie_dynamo.core.program import WorkerProgram, static_updates, value_ids, worker_programs
 from genie_dynamo.runtime.client.connection import Connection
 from genie_dynamo.runtime.client.residency import Seen
@@ -50,7 +50,18 @@ class BoundProgram:
         self.keep_updates = dict(enumerate(updates, self.num_saved))
         """Index of a kept value -> position of the parameter or buffer that it becomes. The others are activations."""
         self.num_fragments = len(program.fragments)
+        self.outputs = tuple(self._output(output) for output in plan.outputs)
+        """Where each output is, as steady calls want it: a returned value, an argument, or a literal."""
+        self.plain = (len(plan.fragments) == len(program.fragments) and RNG_ARGUMENT not in self.arguments
+                      and not (self.keep_names or program.aliases or program.input_views))
+        """Nothing but arguments goes up, and nothing but separate tensors and numbers comes down."""
         self.template = Template(None, [None] * len(self.arguments), self.arguments, 0)
+
+
+    def _output(self, output: Output) -> tuple[str, Any]:
+        if output.kind == "value" and output.name in self.return_names:
+            return "value", self.return_names.index(output.name)
+        return output.kind, output.index if output.kind == "input" else output.literal
 
 
 class Binding:
@@ -60,6 +71,13 @@ class Binding:
         self.programs = programs
         self.program_id = program_id
         self.links = tuple(bound.link for bound in programs.values())
+        self.first = next(iter(programs.values()))
+
+    def steady_template(self, seen: Seen | None) -> Template | None:
+        """The only program's template, where it holds for what was seen and nothing else about a call is special."""
+        template = self.first.template
+        ready = self.first.plain and template.seen is seen and (template.known or not template.number)
+        return template if ready else None
 
     @property
     def usable(self) -> bool:

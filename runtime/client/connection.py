@@ -1,9 +1,14 @@
-"""One socket to one worker: messages out, messages in, never waiting beyond a deadline or for a lost worker."""
+"""One thread's way to one worker: messages out, messages in, never waiting beyond a deadline or for a lost worker.
+
+It is a ZeroMQ socket and, where the worker offers one, a stream (runtime/lanes/stream.py) that takes small runs and
+brings their answers. Answers too large for it come over the ZeroMQ socket, and the stream says so.
+"""
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import zmq
 
@@ -14,14 +19,20 @@ from genie_dynamo.core.errors import (
     ProtocolError,
     RemoteExecutionError,
     VersionMismatchError,
+    WorkerLostError,
     WorkerTimeoutError,
     WorkerUnreachableError,
 )
 from genie_dynamo.core.wire import pack, unpack
+from genie_dynamo.runtime.lanes import stream
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
+
+log = logging.getLogger(__name__)
 
 POLL_MS = 100
 """How often a waiting thread looks whether its worker is still there. It sleeps in between."""
+STREAM_GRACE_S = 1.0
+"""How long a closed stream may be ahead of the news that its worker has ended."""
 
 
 class Connection:
@@ -32,6 +43,9 @@ class Connection:
         self._check_alive = check_alive
         self._requests = 0
         self.address = address
+        self._stream: stream.Socket | None = None
+        self._reader: stream.Reader | None = None
+        self._streaming = False            # the answer comes over the stream
         socket.setsockopt(zmq.RCVTIMEO, POLL_MS)
 
     def next_request(self) -> int:
@@ -39,8 +53,16 @@ class Connection:
         self._requests += 1
         return self._requests
 
+    def request(self, message: m.Message) -> None:
+        """Send what will be answered over the ZeroMQ socket."""
+        self._streaming = False
+        self.send(message)
+
     def send(self, message: m.Message, frames: Sequence[Any] = ()) -> int:
-        """Send; returns the size of the message part in bytes. The frames must stay unchanged until the answer."""
+        """Send what is not answered; returns the size of the message part in bytes.
+
+        The frames must stay unchanged until a later message is answered.
+        """
         header = pack(m.to_wire(message))
         if frames:
             send_parts(self.socket, [header, *frames])
@@ -48,33 +70,91 @@ class Connection:
             self.socket.send(header)
         return len(header)
 
-    def receive(self, deadline_s: float) -> tuple[m.Message, list[Any], int]:
+    def run(self, header: bytes, frames: Sequence[Any], streaming: bool = True) -> None:
+        """Send a packed Run, over the stream if that is allowed and it fits; `receive` then waits at the right place.
+
+        Raises: WorkerLostError.
+        """
+        self._streaming = streaming and self._stream is not None and stream.fits(header, frames)
+        if not self._streaming:
+            send_parts(self.socket, [header, *frames])
+            return
+        assert self._stream is not None
+        try:
+            stream.send_all(self._stream, stream.to_parts(header, frames))
+        except OSError as error:
+            self._stream_broke(error)
+
+    def receive(self, deadline_s: float) -> tuple[m.Message, Sequence[Any], int]:
         """`(message, frames, size of the message part)`.
 
         Raises: WorkerLostError (through check_alive), WorkerTimeoutError, ProtocolError.
         """
+        if self._streaming:
+            came = self._from_stream(deadline_s)
+            if came is not None:
+                header, frames = came
+                return m.from_wire(unpack(header, flat=True)), frames, len(header)
+        return self._from_socket(deadline_s)
+
+    def _from_stream(self, deadline_s: float) -> stream.Message | None:
+        assert self._reader is not None
+        while True:
+            try:
+                return self._reader.read()
+            except BlockingIOError:
+                self._still_waiting(deadline_s)
+            except (EOFError, OSError) as error:
+                self._stream_broke(error)
+
+    def _from_socket(self, deadline_s: float) -> tuple[m.Message, Sequence[Any], int]:
         socket = self.socket
         while True:
             try:
                 header = socket.recv()
                 break
             except zmq.Again:
-                self._check_alive()
-                if time.monotonic() > deadline_s:
-                    raise WorkerTimeoutError(
-                        f"the worker at {self.address} is alive but did not answer in time; raise timeout_s, or look "
-                        "at `genie workers` for what it is busy with", address=self.address) from None
+                self._still_waiting(deadline_s)
         frames: list[Any] = []
         while socket.getsockopt(zmq.RCVMORE):
             frames.append(socket.recv(copy=False))
         return m.from_wire(unpack(header, flat=True)), frames, len(header)
+
+    def _still_waiting(self, deadline_s: float) -> None:
+        self._check_alive()
+        if time.monotonic() > deadline_s:
+            raise WorkerTimeoutError(
+                f"the worker at {self.address} is alive but did not answer in time; raise timeout_s, or look "
+                "at `genie workers` for what it is busy with", address=self.address) from None
+
+    def _stream_broke(self, error: BaseException) -> NoReturn:
+        """The worker has closed the stream: mostly because it is gone, which shows within moments."""
+        until_s = time.monotonic() + STREAM_GRACE_S
+        while time.monotonic() < until_s:
+            self._check_alive()
+            time.sleep(POLL_MS / 1000)
+        raise WorkerLostError(f"the worker at {self.address} has closed a connection in the middle of a call ({error})",
+                              address=self.address) from error
+
+    def open_stream(self, address: str, route: bytes, token: bytes, lease_s: float, timeout_s: float) -> None:
+        """Open the stream that the worker offers; without it everything goes over ZeroMQ."""
+        try:
+            sock = stream.connect(address, POLL_MS / 1000, timeout_s)
+        except OSError as error:
+            log.info("no stream to %s: %s", address, error)
+            return
+        self._stream, self._reader = sock, stream.Reader(sock)
+        self.run(pack(m.to_wire(m.Hello(m.PROTOCOL_VERSION, token, lease_s, {}, route))), ())
+        answer, _, _ = self.receive(time.monotonic() + timeout_s)
+        if isinstance(answer, m.Failure):
+            raise to_error(answer, address)
 
     def ask(self, message: m.Message, deadline_s: float) -> m.Message:
         """Send a request and wait for its answer; answers to older requests are dropped.
 
         Raises: the error that the worker reports.
         """
-        self.send(message)
+        self.request(message)
         request = getattr(message, "request", 0)
         while True:
             answer, _, _ = self.receive(deadline_s)
@@ -84,6 +164,8 @@ class Connection:
                 return answer
 
     def close(self, linger_ms: int = 0) -> None:
+        if self._stream is not None:
+            self._stream.close()
         self.socket.close(linger=linger_ms)
 
 
@@ -106,7 +188,18 @@ def greet(connection: Connection, token: bytes, lease_s: float, facts: dict[str,
         raise VersionMismatchError(
             f"the worker at {connection.address} speaks protocol {answer.version}, this client {m.PROTOCOL_VERSION}; "
             "install the same genie-dynamo release on both sides")
+    if answer.stream_address:
+        connection.open_stream(beside(connection.address, answer.stream_address), answer.connection, token, lease_s,
+                               timeout_s)
     return answer
+
+
+def beside(address: str, told: str) -> str:
+    """A worker's other endpoint: its port, at the host under which we reach the worker."""
+    if not told.startswith("tcp://"):
+        return told
+    host = address.removeprefix("tcp://").rpartition(":")[0]
+    return f"tcp://{host}:{told.rpartition(':')[2]}"
 
 
 _SAME_TYPE: dict[str, type[Exception]] = {

@@ -7,6 +7,7 @@ freed on its worker.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,16 @@ def handle_of(value: Any) -> SavedHandle | None:
         reference = _live.get(value.untyped_storage().data_ptr()) if value.layout is torch.strided else None
         handle = reference() if reference is not None else None
     return handle
+
+
+def collect_handles(args: Sequence[Any]) -> dict[int, SavedHandle]:
+    """The placeholders among arguments, by position."""
+    handles: dict[int, SavedHandle] = {}
+    for index, value in enumerate(args):
+        handle = handle_of(value)
+        if handle is not None:
+            handles[index] = handle
+    return handles
 
 
 def hooks_active() -> bool:

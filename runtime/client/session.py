@@ -17,7 +17,7 @@ import zmq
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import GenieError, SessionClosedError, WorkerError, WorkerLostError
-from genie_dynamo.runtime.client.connection import to_error
+from genie_dynamo.runtime.client.connection import beside, to_error
 from genie_dynamo.runtime.client.residency import Residency
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.cluster import WorkerAddress
@@ -152,7 +152,7 @@ class Session:
         with link.connection() as connection:
             deadline_s = time.monotonic() + self.config.timeout_s
             request = connection.next_request()
-            connection.send(m.Fetch(request, tensor_id, epoch))
+            connection.request(m.Fetch(request, tensor_id, epoch))
             while True:
                 answer, frames, header_bytes = connection.receive(deadline_s)
                 if isinstance(answer, m.Failure):
@@ -239,8 +239,8 @@ class Session:
             lease_s=0.0 if embedded is not None else self.config.session_lease_s,
             timeout_s=timeout_s or self.config.connect_timeout_s, why_lost=self._why_lost)
         alive = (lambda: embedded.alive) if embedded is not None else None
-        self.monitor.add(link.key, _heartbeat_address(link), self._security, link.incarnation,
-                         server_public=server_key, is_alive=alive)
+        self.monitor.add(link.key, beside(link.address, link.welcome.heartbeat_address), self._security,
+                         link.incarnation, server_public=server_key, is_alive=alive)
         return link
 
     def _why_lost(self, link: WorkerLink) -> str | None:
@@ -293,15 +293,6 @@ def _housekeeping(session_ref: weakref.ref[Session], stop: threading.Event) -> N
             if not session.closed:
                 log.warning("housekeeping: %s", error)
         del session
-
-
-def _heartbeat_address(link: WorkerLink) -> str:
-    """Where the worker's heartbeat is for us: its port, at the host under which we reach the worker."""
-    told = link.welcome.heartbeat_address
-    if not told.startswith("tcp://"):
-        return told
-    host = link.address.removeprefix("tcp://").rpartition(":")[0]
-    return f"tcp://{host}:{told.rpartition(':')[2]}"
 
 
 def _empty_row() -> dict[str, Any]:

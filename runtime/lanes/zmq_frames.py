@@ -36,37 +36,28 @@ class ZmqFrames:
         return (code, shape, stride, payload, True) if gaps else (code, shape, stride, payload)
 
     def land(self, wire: Any, frames: Sequence[Any], device: torch.device) -> torch.Tensor:
-        dtype, shape, stride, payload, gaps = tensors.check_form(wire)
-        core = tensors.core_shape(shape, stride)
-        core_stride = _contiguous(core) if gaps else stride
-        data = _payload(payload, frames)
-        expected = tensors.numel(core) * dtype.itemsize
-        if len(data) != expected:
-            raise ProtocolError(f"a {dtype} tensor of shape {core} takes {expected} bytes, {len(data)} came")
+        form = tensors.form_of(wire)
+        data = _payload(wire[3], frames)
+        if len(data) != form.size_bytes:
+            raise ProtocolError(f"a {form.dtype} tensor of shape {form.core} takes {form.size_bytes} bytes, "
+                                f"{len(data)} came")
         if type(data) is bytes:
-            flat = torch.empty_strided(core, core_stride, dtype=dtype)
+            flat = torch.empty_strided(form.core, form.core_stride, dtype=form.dtype)
             tensors.copy_in(flat, data)
+        elif isinstance(data, torch.Tensor):
+            flat = data.view(form.dtype).as_strided(form.core, form.core_stride)
         else:
-            flat = _adopt(data, dtype).as_strided(core, core_stride)
-        if gaps:
-            scattered = torch.empty_strided(core, stride, dtype=dtype)
+            flat = _adopt(data, form.dtype).as_strided(form.core, form.core_stride)
+        if form.gaps:
+            scattered = torch.empty_strided(form.core, form.stride, dtype=form.dtype)
             flat = scattered.copy_(flat)
         if device.type != "cpu":
             flat = flat.to(device)
-        return flat if core == shape else flat.as_strided(shape, stride)
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    strides: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+        return flat if form.core == form.shape else flat.as_strided(form.shape, form.stride)
 
 
 def _payload(payload: Any, frames: Sequence[Any]) -> Any:
-    """bytes, or a writable memoryview over a frame."""
+    """bytes, a uint8 tensor that a stream has filled, or a memoryview over a ZeroMQ frame."""
     if type(payload) is bytes:
         return payload
     if type(payload) is not int or not 0 <= payload < len(frames):

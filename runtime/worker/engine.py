@@ -30,7 +30,7 @@ STREAM_BYTES = 256 << 10
 ALIGNMENT_BYTES = 64
 """Where torch's own allocator puts tensors. A received frame lies anywhere, which costs matrix products time."""
 
-SHORT_NODES = 16
+SMALL_NODES = 16
 """A graph of at most this many ops runs in one go."""
 
 Emit = Callable[[RunRecord, int, Any], bool]
@@ -79,12 +79,27 @@ class LoadedProgram:
         self.return_index = {value: index for index, value in enumerate(program.returns)}
         shared = {value for group in program.aliases for value in group} | {value for value, _ in program.input_views}
         self.leaves_early = {value for value, _, _ in program.sends} | (set(program.returns) - shared)
-        first = fragments[0]
-        self.short: LoadedFragment | None = None
-        """The only fragment, where nothing is gained by running it in slices or sending parts of its result early."""
-        if (len(fragments) == 1 and first.compiled is None and first.program.rng is None and not program.sends
-                and first.num_nodes <= SHORT_NODES):
-            self.short = first
+        self.small = _small(program, fragments)
+
+
+class SmallProgram(NamedTuple):
+    """A program that is one short fragment: nothing is gained by running it in slices or sending its result early."""
+
+    plan: FlatPlan
+    inputs: tuple[int, ...]          # value ids, in the plan's order
+    returns: tuple[int, ...]         # positions among the plan's outputs, in the program's order
+
+
+def _small(program: WorkerProgram, fragments: Sequence[LoadedFragment]) -> SmallProgram | None:
+    first = fragments[0]
+    links = (program.sends, program.receives, program.keeps, program.aliases, program.input_views)
+    if len(fragments) > 1 or first.compiled is not None or first.program.rng is not None or any(links) \
+            or first.num_nodes > SMALL_NODES:
+        return None
+    outputs = {value: position for position, value in enumerate(first.program.outputs)}
+    if not outputs.keys() >= set(program.returns):
+        return None
+    return SmallProgram(first.plan, first.program.inputs, tuple([outputs[v] for v in program.returns]))
 
 
 class Engine:
@@ -145,7 +160,27 @@ class Engine:
         )
         return LoadedProgram(program, fragments)
 
+    def is_small(self, loaded: LoadedProgram) -> bool:
+        return loaded.small is not None
+
     # -- running ----------------------------------------------------------------------------------------------
+
+    def run_now(self, loaded: LoadedProgram, env: dict[int, Any],
+                resident_bytes: int) -> tuple[Sequence[Any], float]:
+        """Run a small program on `env` (by value id): its values in the program's order, and the seconds it took.
+
+        Raises: as `advance`.
+        """
+        small = loaded.small
+        assert small is not None
+        started = time.perf_counter()
+        try:
+            outputs = small.plan.run([env[v] for v in small.inputs])
+        except (MemoryError, RuntimeError) as error:
+            if _is_out_of_memory(error):
+                raise _out_of_memory(error, resident_bytes) from error
+            raise
+        return [outputs[p] for p in small.returns], time.perf_counter() - started
 
     def advance(self, run: RunRecord, until_s: float, emit: Emit) -> RunStatus:
         """Run until everything is done, an input is missing, or the monotonic clock passes `until_s`.
@@ -156,18 +191,11 @@ class Engine:
         try:
             if run.state is None:
                 run.queue_s = time.monotonic() - run.received_s
-                short = run.loaded.short
-                if short is not None and not run.pending and not run.awaited:
-                    env, program = run.env, short.program
-                    env.update(zip(program.outputs, short.plan.run([env[v] for v in program.inputs]), strict=True))
-                    return RunStatus.DONE
                 run.state = [FragmentRun(f) for f in run.loaded.fragments]
             return self._advance(run, until_s, emit)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise _out_of_memory(error, run) from error
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error) or "out of memory" in str(error):
-                raise _out_of_memory(error, run) from error
+        except (MemoryError, RuntimeError) as error:
+            if _is_out_of_memory(error):
+                raise _out_of_memory(error, run.session.resident_bytes) from error
             raise
         finally:
             run.compute_s += time.perf_counter() - started
@@ -302,12 +330,17 @@ def _supply(flat: FlatRun, program: FragmentProgram, env: dict[int, Any]) -> Non
             flat.supply(index, env[value_id])
 
 
-def _out_of_memory(error: BaseException, run: RunRecord) -> WorkerMemoryError:
-    resident = run.session.resident_bytes
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
+def _out_of_memory(error: BaseException, resident_bytes: int) -> WorkerMemoryError:
     return WorkerMemoryError(
-        f"out of memory on the worker: {error}; this session keeps {resident / 2**30:.2f} GiB resident there and the "
-        f"process uses {resident_set_bytes() / 2**30:.2f} GiB; use a smaller batch or another worker",
-        resident_bytes=resident,
+        f"out of memory on the worker: {error}; this session keeps {resident_bytes / 2**30:.2f} GiB resident there and "
+        f"the process uses {resident_set_bytes() / 2**30:.2f} GiB; use a smaller batch or another worker",
+        resident_bytes=resident_bytes,
     )
 
 

@@ -19,6 +19,7 @@ import zmq
 from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::sdpa
 from genie_dynamo.core.errors import ConfigError
 from genie_dynamo.runtime.heartbeat import HeartbeatEcho
+from genie_dynamo.runtime.lanes import stream
 from genie_dynamo.runtime.launcher import lifeline_watch, remove_socket_dir
 from genie_dynamo.runtime.security import Authenticator, Security, apply_client, apply_server, check_bind, harden
 from genie_dynamo.runtime.worker.engine import Engine
@@ -60,6 +61,7 @@ def run_worker(options: WorkerOptions) -> None:
     device = _device(options.device)
     num_threads = options.num_threads or os.cpu_count() or 1
     torch.set_num_threads(num_threads)
+    torch.set_grad_enabled(False)       # graphs hold their backward; no plan then has to switch it off for a run
     _limit_memory(options.memory_limit_bytes)
     _keep_freed_memory()
     namespaces = _import_op_libraries(options.op_libraries)
@@ -75,7 +77,9 @@ def run_worker(options: WorkerOptions) -> None:
     socket.bind(_WAKE_ADDRESS)
     wake = _Wake(context)
     engine = Engine(device=device, num_threads=num_threads, namespaces=namespaces, wake=wake)
-    state = WorkerState(incarnation=incarnation, heartbeat_address=heartbeat.address, toolbox=engine)
+    listener = _listen(options.bind, address, security)
+    state = WorkerState(incarnation=incarnation, heartbeat_address=heartbeat.address, toolbox=engine,
+                        stream_address="" if listener is None else stream.address_of(listener))
 
     def connect_peer(address: str, key: str) -> zmq.Socket[bytes]:
         peer = context.socket(zmq.DEALER)
@@ -84,7 +88,7 @@ def run_worker(options: WorkerOptions) -> None:
         peer.connect(address)
         return peer
 
-    shell = Shell(socket, state, engine, connect_peer)
+    shell = Shell(socket, state, engine, connect_peer, listener)
     if options.lifeline_fd is not None:
         lifeline_watch(options.lifeline_fd, lambda: _die(options.bind))
     if options.ready_fd is not None:
@@ -183,6 +187,19 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> None:
         socket.bind(address)
     except zmq.ZMQError as error:
         raise ConfigError(f"cannot bind {address!r}: {error}; is another worker running there?") from error
+
+
+def _listen(bind: str, bound: str, security: Security) -> stream.Socket | None:
+    """Where clients open streams: beside the worker's socket. Streams know no keys: where keys are asked for, none."""
+    if security.is_server:
+        return None
+    host = bound.removeprefix("tcp://").rpartition(":")[0]
+    wanted = f"{bind}.run" if bind.startswith("ipc://") else f"tcp://{host}:0"
+    try:
+        return stream.listen(wanted)
+    except OSError as error:
+        log.warning("no streams, small calls take the ZeroMQ socket: cannot listen at %s: %s", wanted, error)
+        return None
 
 
 def _as_given(bind: str, bound: str) -> str:

@@ -2,10 +2,14 @@
 
 One thread does everything that needs Python. Messages are read between the slices of running work, so a small call
 of one client does not wait for the end of a long one of another. Heartbeats are answered elsewhere, in C.
+
+A ZeroMQ socket says by its descriptor only that its state has changed: after every use of it, it is asked again before
+anybody sleeps. Streams are plain sockets; while only they are used, ZeroMQ costs nothing.
 """
 from __future__ import annotations
 
 import logging
+import select
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +21,7 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import GenieError
 from genie_dynamo.core.wire import pack, unpack
 from genie_dynamo.runtime.flat import RunStatus
+from genie_dynamo.runtime.lanes import stream
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine
 from genie_dynamo.runtime.worker.state import (
@@ -25,6 +30,7 @@ from genie_dynamo.runtime.worker.state import (
     Execute,
     Failed,
     Finished,
+    Left,
     Received,
     Reply,
     RunRecord,
@@ -32,6 +38,7 @@ from genie_dynamo.runtime.worker.state import (
     WorkerState,
     failure,
 )
+from genie_dynamo.runtime.worker.streams import Streams
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +50,15 @@ WAKE_IDENTITY = b"genie-wake"
 
 
 class Shell:
-    """Drives one worker. `connect_peer(address, key)` opens the way to another worker."""
+    """Drives one worker.
+
+    Args:
+        connect_peer: `connect_peer(address, key)` opens the way to another worker.
+        listener: where clients may open streams; None where they may not.
+    """
 
     def __init__(self, socket: zmq.Socket[bytes], state: WorkerState, engine: Engine,
-                 connect_peer: Callable[[str, str], zmq.Socket[bytes]]) -> None:
+                 connect_peer: Callable[[str, str], zmq.Socket[bytes]], listener: stream.Socket | None = None) -> None:
         self._socket = socket
         self._state = state
         self._engine = engine
@@ -56,8 +68,12 @@ class Shell:
         self._waiting: set[RunRecord] = set()
         self._sent: dict[RunRecord, set[int]] = {}
         self._next_tick_s = time.monotonic() + TICK_S
+        self._socket_used = True          # since it last said that there is nothing to read
+        self._poller = select.epoll()
+        self._socket_fd = int(socket.getsockopt(zmq.FD))
+        self._poller.register(self._socket_fd, select.EPOLLIN)
+        self._streams = Streams(listener, self._poller, self._message, self._left) if listener is not None else None
         self.stopping = False
-        socket.setsockopt(zmq.RCVTIMEO, int(TICK_S * 1000))
 
     def run_forever(self) -> None:
         """Serve until `stopping` is set and nothing is left to do."""
@@ -68,20 +84,35 @@ class Shell:
         """One slice of work and then what has arrived meanwhile; or, where there is no work, wait for a message."""
         if self._ready:
             self._advance(self._ready.popleft())
-            while self._ready and self._receive(zmq.NOBLOCK):
+            while self._ready and self._listen(0.0):
                 pass
         else:
-            self._receive(0)
+            self._listen(TICK_S)
         now_s = time.monotonic()
         if now_s >= self._next_tick_s:
             self._next_tick_s = now_s + TICK_S
             self._carry_out(self._state.handle(Tick(now_s)))
 
-    def _receive(self, flags: int) -> bool:
-        """Read and handle one message; False where none has come."""
+    def _listen(self, timeout_s: float) -> bool:
+        """Handle what has arrived, at most one message of each client; False where nothing has, in time."""
+        if self._socket_used:
+            if self._receive():
+                return True
+            self._socket_used = False
+        events = self._poller.poll(timeout_s)
+        for fd, mask in events:
+            if fd == self._socket_fd:
+                self._socket_used = True
+            else:
+                assert self._streams is not None
+                self._streams.serve(fd, mask)
+        return bool(events)
+
+    def _receive(self) -> bool:
+        """Read and handle one message of the ZeroMQ socket; False where none has come."""
         socket = self._socket
         try:
-            connection = socket.recv(flags)
+            connection = socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return False
         header = socket.recv() if socket.getsockopt(zmq.RCVMORE) else b""
@@ -90,15 +121,21 @@ class Shell:
             frames.append(socket.recv(copy=False))
         if connection == WAKE_IDENTITY:
             self._look_again()
-            return True
+        else:
+            self._message(connection, header, frames)
+        return True
+
+    def _message(self, connection: bytes, header: bytes, frames: Sequence[Any]) -> None:
         try:
             message = m.from_wire(unpack(header, flat=True))
         except (GenieError, RecursionError) as error:
             log.warning("a peer sent bytes that are not a message: %s", error)
             self._carry_out([Reply(connection, failure(0, error))])
-            return True
+            return
         self._carry_out(self._state.handle(Received(connection, message, frames, time.monotonic())))
-        return True
+
+    def _left(self, connection: bytes) -> None:
+        self._carry_out(self._state.handle(Left(connection)))
 
     def _look_again(self) -> None:
         """Compiled code has come: whoever waits may have waited for it."""
@@ -158,9 +195,19 @@ class Shell:
         return True
 
     def _reply(self, connection: bytes, message: m.Message, frames: Sequence[Any]) -> None:
+        header = pack(m.to_wire(message))
+        if self._streams is not None and connection in self._streams:
+            route = self._state.routes.get(connection)
+            if route is None or (type(message) is not m.Partial and stream.fits(header, frames)):
+                self._streams.send(connection, stream.to_parts(header, frames))
+                return
+            # ZeroMQ's threads move what is large while this one computes.
+            self._streams.send(connection, [stream.ELSEWHERE])
+            connection = route
+        self._socket_used = True
         try:
             # The client may be gone, or so slow that its queue is full: it is dropped rather than waited for.
-            send_parts(self._socket, [connection, pack(m.to_wire(message)), *frames], zmq.NOBLOCK)
+            send_parts(self._socket, [connection, header, *frames], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             log.warning("reply to a client dropped (%s): %s", type(message).__name__, error)
 
@@ -171,6 +218,9 @@ class Shell:
         send_parts(socket, parts, zmq.NOBLOCK)
 
     def close(self) -> None:
-        """Close the sockets this shell opened."""
+        """Close the sockets this shell opened or was given to listen on."""
+        if self._streams is not None:
+            self._streams.close()
+        self._poller.close()
         for socket in self._peers.values():
             socket.close(linger=0)

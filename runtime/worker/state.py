@@ -1,6 +1,6 @@
 """The worker's side of the protocol, as a state machine without sockets, threads or a clock.
 
-    events     Received(message), Finished(run), Failed(run), Tick
+    events     Received(message), Left(connection), Finished(run), Failed(run), Tick
     commands   Reply, Execute (a run has all it needs to go on), Abandon (forget a run)
 
 Tensors are opaque here. A resident tensor is stored under (tensor id, epoch) and never changes: a run that updates
@@ -12,7 +12,7 @@ import hashlib
 import weakref
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import (
@@ -37,6 +37,8 @@ class Toolbox(Protocol):
     def land(self, wire: Any, frames: Sequence[Any]) -> Any: ...
     def own(self, tensor: Any) -> Any: ...
     def load(self, program: WorkerProgram) -> Any: ...
+    def is_small(self, loaded: Any) -> bool: ...
+    def run_now(self, loaded: Any, env: dict[int, Any], resident_bytes: int) -> tuple[Sequence[Any], float]: ...
     def content_bytes(self, tensor: Any) -> Any: ...
     def size_bytes(self, tensor: Any) -> int: ...
     def form(self, value: Any) -> Any: ...
@@ -72,7 +74,7 @@ class Template:
     """The resident arguments of a program's last calls, so that the next ones need not name them."""
 
     number: int
-    env: dict[int, Any]
+    env: dict[int, Any]                                    # value id -> tensor
     keys: frozenset[tuple[int, int]]                       # (tensor id, epoch) of what env holds
     others: tuple[int, ...]                                # value ids of the arguments that each call brings
 
@@ -85,7 +87,7 @@ class SessionState:
     lease_s: float
     last_heard_s: float
     connections: set[bytes] = field(default_factory=set)
-    programs: dict[int, tuple[WorkerProgram, Any]] = field(default_factory=dict)
+    programs: dict[int, tuple[WorkerProgram, Any, bool]] = field(default_factory=dict)   # the last: small
     tensors: dict[tuple[int, int], Any] = field(default_factory=dict)
     resident_bytes: int = 0
     templates: dict[int, Template] = field(default_factory=dict)         # program id -> its remembered arguments
@@ -95,16 +97,20 @@ class SessionState:
     broken: dict[tuple[int, int], GenieError] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(NamedTuple):
     connection: bytes
     message: m.Message
     frames: Sequence[Any]
     now_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Left(NamedTuple):
+    """A stream has ended."""
+
+    connection: bytes
+
+
+class Finished(NamedTuple):
     """A run is complete: `values` are those not sent as Partial, `kept` is aligned with program.keeps."""
 
     run: RunRecord
@@ -113,36 +119,31 @@ class Finished:
     now_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(NamedTuple):
     run: RunRecord
     error: BaseException
     now_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(NamedTuple):
     now_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     connection: bytes
     message: m.Message
     frames: Sequence[Any] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Execute:
+class Execute(NamedTuple):
     run: RunRecord
 
 
-@dataclass(frozen=True, slots=True)
-class Abandon:
+class Abandon(NamedTuple):
     run: RunRecord
 
 
-Event = Received | Finished | Failed | Tick
+Event = Received | Left | Finished | Failed | Tick
 Command = Reply | Execute | Abandon
 
 
@@ -169,10 +170,12 @@ def _template(run: RunRecord) -> Template:
 class WorkerState:
     """See the module's docstring. `handle` never raises for anything a peer sends."""
 
-    def __init__(self, *, incarnation: str, heartbeat_address: str, toolbox: Toolbox,
+    def __init__(self, *, incarnation: str, heartbeat_address: str, toolbox: Toolbox, stream_address: str = "",
                  limits: Limits = DEFAULT_LIMITS) -> None:
         self.incarnation = incarnation
         self.heartbeat_address = heartbeat_address
+        self.stream_address = stream_address
+        self.routes: dict[bytes, bytes] = {}               # stream -> connection of the same client thread
         self.sessions: dict[bytes, SessionState] = {}
         self.draining = False
         self._by_connection: dict[bytes, SessionState] = {}
@@ -180,7 +183,7 @@ class WorkerState:
         self._tools = toolbox
         self._limits = limits
         self._handlers: dict[type[Any], Callable[..., list[Command]]] = {
-            m.Load: self._load, m.Have: self._have, m.Put: self._put, m.Adopt: self._adopt, m.Run: self._run,
+            m.Load: self._load, m.Have: self._have, m.Put: self._put, m.Adopt: self._adopt,
             m.Cancel: self._cancel, m.Free: self._free, m.Drop: self._drop, m.Fetch: self._fetch,
             m.Stats: self._stats, m.Ping: self._ping, m.Bye: self._bye,
         }
@@ -193,6 +196,8 @@ class WorkerState:
             return self._finished(event)
         if type(event) is Failed:
             return self._failed(event)
+        if type(event) is Left:
+            return self._left(event.connection)
         assert type(event) is Tick
         return self._tick(event.now_s)
 
@@ -200,7 +205,6 @@ class WorkerState:
 
     def _received(self, event: Received) -> list[Command]:
         message = event.message
-        request = getattr(message, "request", 0)
         try:
             if type(message) is m.Hello:
                 return self._hello(event.connection, message, event.now_s)
@@ -212,15 +216,15 @@ class WorkerState:
                     f"this worker (incarnation {self.incarnation}) does not know the connection: it was restarted, "
                     "or the session has expired; open a new session", incarnation=self.incarnation)
             session.last_heard_s = event.now_s
+            if type(message) is m.Run:
+                return self._run(session, event)
             handler = self._handlers.get(type(message))
             if handler is None:
                 raise ProtocolError(f"{type(message).__name__} is not a message for workers")
             return handler(session, event)
-        except GenieError as error:
-            return [Reply(event.connection, failure(request, error))]
         except Exception as error:
             # Landing a payload can fail in torch itself (out of memory): the peer learns why, the worker lives on.
-            return [Reply(event.connection, failure(request, error))]
+            return [Reply(event.connection, failure(getattr(message, "request", 0), error))]
 
     def _hello(self, connection: bytes, hello: m.Hello, now_s: float) -> list[Command]:
         if hello.version != m.PROTOCOL_VERSION:
@@ -231,6 +235,10 @@ class WorkerState:
         if len(hello.session) != 16:
             raise ProtocolError(f"a session token has 16 bytes, got {len(hello.session)}")
         session = self.sessions.get(hello.session)
+        if hello.route:
+            if session is None or hello.route not in session.connections:
+                raise ProtocolError("a stream belongs to a connection of the same session; this one is not known")
+            self.routes[connection] = hello.route
         if session is None:
             if self.draining:
                 raise WorkerBusyError("this worker is draining and takes no new sessions; use another")
@@ -243,12 +251,20 @@ class WorkerState:
         session.last_heard_s = now_s
         self._by_connection[connection] = session
         return [Reply(connection, m.Welcome(m.PROTOCOL_VERSION, self.incarnation, self.heartbeat_address,
-                                            self._tools.facts()))]
+                                            self.stream_address, connection, self._tools.facts()))]
+
+    def _left(self, connection: bytes) -> list[Command]:
+        self.routes.pop(connection, None)
+        session = self._by_connection.pop(connection, None)
+        if session is not None:
+            session.connections.discard(connection)
+        return []
 
     def _load(self, session: SessionState, event: Received) -> list[Command]:
         message: m.Load = event.message  # type: ignore[assignment]
         program = WorkerProgram.from_wire(message.program)
-        session.programs[program.program_id] = (program, self._tools.load(program))
+        loaded = self._tools.load(program)
+        session.programs[program.program_id] = (program, loaded, self._tools.is_small(loaded))
         return [Reply(event.connection, m.Done(message.request, None))]
 
     def _have(self, session: SessionState, event: Received) -> list[Command]:
@@ -324,26 +340,27 @@ class WorkerState:
         entry = session.programs.get(message.program_id)
         if entry is None:
             raise StaleHandleError(f"program {message.program_id} is not loaded in this session")
-        program, loaded = entry
-        template, value_ids = None, program.inputs
-        if message.template < 0:
-            template = session.templates.get(message.program_id)
-            if template is None or template.number != -message.template:
-                raise StaleHandleError(f"the arguments remembered as {-message.template} are gone; send all of them",
-                                       template=-message.template)
-            value_ids = template.others
+        if message.call_id in session.cancelled:
+            return []            # the cancellation took another way, and was faster
+        program, loaded, small = entry
+        template = self._template_of(session, message) if message.template < 0 else None
+        value_ids = program.inputs if template is None else template.others
         if len(message.arguments) != len(value_ids):
             raise ProtocolError(f"program {program.program_id} takes {len(value_ids)} arguments, "
                                 f"{len(message.arguments)} came")
         if message.keeps and len(message.keeps) != len(program.keeps):
             raise ProtocolError(f"program {program.program_id} keeps {len(program.keeps)} values, "
                                 f"{len(message.keeps)} handles came")
+        known = template.env if template is not None else {}
+        if small and message.template <= 0:
+            values = self._inline_arguments(message, event.frames)
+            if values is not None:
+                return [self._run_now(session, event, message, loaded,
+                                      {**known, **dict(zip(value_ids, values, strict=True))})]
         if len(session.runs) >= self._limits.waiting_runs_per_session:
             raise WorkerBusyError(f"{self._limits.waiting_runs_per_session} runs of this session wait already")
-        run = RunRecord(session, event.connection, message, program, loaded, {}, {}, set(), event.now_s)
+        run = RunRecord(session, event.connection, message, program, loaded, dict(known), {}, set(), event.now_s)
         incoming = set(message.incoming) if message.incoming else _NONE
-        if template is not None:
-            run.env.update(template.env)
         for value_id, argument in zip(value_ids, message.arguments, strict=True):
             self._bind(run, value_id, argument, event.frames, incoming)
         if message.template > 0:
@@ -354,6 +371,36 @@ class WorkerState:
             run.awaited = {v for v in program.receives if v not in box}
         session.runs.setdefault(message.call_id, []).append(run)
         return [Execute(run)]
+
+    def _run_now(self, session: SessionState, event: Received, message: m.Run, loaded: Any,
+                 env: dict[int, Any]) -> Reply:
+        """Carry out a run of a small program: what it returns is all there is to say."""
+        values, compute_s = self._tools.run_now(loaded, env, session.resident_bytes)
+        frames: list[Any] = []
+        staged = tuple([(index, self._tools.stage(value, frames)) for index, value in enumerate(values)])
+        return Reply(event.connection, m.Result(message.request, staged, (), compute_s, 0.0,
+                                                session.resident_bytes), frames)
+
+    def _template_of(self, session: SessionState, message: m.Run) -> Template:
+        template = session.templates.get(message.program_id)
+        if template is None or template.number != -message.template:
+            raise StaleHandleError(f"the arguments remembered as {-message.template} are gone; send all of them",
+                                   template=-message.template)
+        return template
+
+    def _inline_arguments(self, message: m.Run, frames: Sequence[Any]) -> list[Any] | None:
+        """The arguments that came with a message; None where it names resident tensors."""
+        values: list[Any] = []
+        for argument in message.arguments:
+            if type(argument) is tuple:
+                if len(argument) != 2 or argument[0] != m.INLINE:
+                    return None
+                values.append(self._tools.land(argument[1], frames))
+            elif argument is None or isinstance(argument, int | float):
+                values.append(argument)
+            else:
+                return None
+        return values
 
     def _bind(self, run: RunRecord, value_id: int, argument: Any, frames: Sequence[Any],
               incoming: Set[tuple[int, int]]) -> None:
@@ -488,6 +535,7 @@ class WorkerState:
         self.sessions.pop(session.token, None)
         for connection in session.connections:
             self._by_connection.pop(connection, None)
+            self.routes.pop(connection, None)
         runs = [run for runs in session.runs.values() for run in runs]
         for run in runs:
             run.abandoned = True

@@ -14,6 +14,7 @@ from genie_dynamo.runtime.worker.state import (
     Execute,
     Failed,
     Finished,
+    Left,
     Received,
     Reply,
     RunRecord,
@@ -32,6 +33,8 @@ class Blob:
 
 
 class Tools:
+    small = False
+
     def land(self, wire: Any, frames: Any) -> Blob:
         return Blob(wire[0])
 
@@ -40,6 +43,14 @@ class Tools:
 
     def load(self, program: WorkerProgram) -> str:
         return f"loaded {program.program_id}"
+
+    def is_small(self, loaded: str) -> bool:
+        return self.small
+
+    def run_now(self, loaded: str, env: dict[int, Any], resident_bytes: int) -> tuple[list[Any], float]:
+        if env[0].content == b"bad":
+            raise ValueError("no such value")
+        return [Blob(env[0].content + b"!")], 0.5
 
     def content_bytes(self, tensor: Blob) -> bytes:
         return tensor.content
@@ -61,7 +72,8 @@ class Worker:
     """A state machine and a clock, with shorthands."""
 
     def __init__(self) -> None:
-        self.state = WorkerState(incarnation="i1", heartbeat_address="hb", toolbox=Tools())
+        self.tools = Tools()
+        self.state = WorkerState(incarnation="i1", heartbeat_address="hb", toolbox=self.tools)
         self.now_s = 0.0
 
     def send(self, message: m.Message, connection: bytes = b"c") -> list[Command]:
@@ -113,6 +125,54 @@ def test_a_run_with_inline_arguments_executes_and_answers(worker: Worker) -> Non
     (reply,) = worker.state.handle(Finished(run, ((0, Blob(b"y")),), (), 0.0))
     assert isinstance(reply, Reply) and isinstance(reply.message, m.Result)
     assert reply.message.values == ((0, (m.INLINE, (b"y",))),)
+
+
+def small_worker() -> Worker:
+    made = Worker()
+    made.tools.small = True
+    made.hello()
+    made.load()
+    return made
+
+
+def test_a_run_of_a_small_program_is_answered_at_once() -> None:
+    (reply,) = small_worker().run(inline(b"x"))
+    assert isinstance(reply, Reply) and isinstance(reply.message, m.Result)
+    assert reply.message.values == ((0, (m.INLINE, (b"x!",))),) and reply.message.compute_s == 0.5
+
+
+def test_a_small_program_that_raises_tells_so_and_leaves_nothing_behind() -> None:
+    worker = small_worker()
+    assert failure_of(worker.run(inline(b"bad"))).facts["exception"] == "ValueError"
+    assert not worker.state.sessions[TOKEN].runs
+
+
+def test_a_small_program_on_a_tensor_still_to_come_takes_the_general_way() -> None:
+    worker = small_worker()
+    run = run_of(worker.run((m.RESIDENT, 3, 1), incoming=((3, 1),)))
+    assert run.pending == {(3, 1): [0]}
+
+
+def test_a_cancellation_that_overtakes_its_run_still_counts() -> None:
+    worker = small_worker()
+    assert worker.send(m.Cancel(9)) == []
+    assert worker.run(inline(b"x"), call_id=9) == []
+
+
+def test_a_stream_belongs_to_a_connection_of_its_session() -> None:
+    worker = Worker()
+    stream = b"\0stream1"
+    early = m.Hello(m.PROTOCOL_VERSION, TOKEN, 10.0, {}, b"c")
+    assert failure_of(worker.send(early, stream)).kind == "ProtocolError"
+    worker.hello()
+    worker.hello(token=OTHER, connection=b"d")
+    assert failure_of(worker.send(early._replace(session=OTHER), stream)).kind == "ProtocolError"
+    (reply,) = worker.send(early, stream)
+    assert isinstance(reply, Reply) and isinstance(reply.message, m.Welcome)
+    assert worker.state.routes == {stream: b"c"}
+    assert worker.state.handle(Left(stream)) == []
+    assert worker.state.routes == {} and worker.state.sessions[TOKEN].connections == {b"c"}
+    assert failure_of(worker.send(m.Ping(), stream)).kind == "StaleHandleError"
 
 
 def test_a_message_before_hello_is_told_that_the_connection_is_unknown() -> None:
