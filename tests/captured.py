@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from genie_dynamo.core.fragment import GraphSpec
 from genie_dynamo.passes.lower import lower_fragment
+from tests.round_trip import checked_encode
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def lower_whole(gm: fx.GraphModule) -> Lowered:
     ]
     new_contents = [source.name for _, source in epilogue.values()]
     spec = lower_fragment(gm, node_names=body, inputs=names, outputs=[*outputs, *new_contents])
+    checked_encode(spec)
     return Lowered(spec, len(outputs), tuple(names.index(target.name) for target, _ in epilogue.values()))
 
 

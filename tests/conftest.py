@@ -38,6 +38,17 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _graphs_survive_their_bytes() -> Iterator[None]:
+    """Each graph that any test compiles must decode to what was encoded."""
+    from genie_dynamo import backend
+    from tests.round_trip import checked_encode
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "encode", checked_encode)
+        yield
+
+
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     """No compiled code of other tests before, none of this one after."""

@@ -31,6 +31,7 @@ from genie_dynamo.core.fragment import (
 from genie_dynamo.core.limits import Limits
 from genie_dynamo.core.tensors import DTYPES
 from genie_dynamo.core.wire import pack, unpack
+from tests.round_trip import assert_same_graph, exact
 
 CPU = torch.device("cpu")
 
@@ -85,32 +86,6 @@ def graphs(draw: st.DrawFn, depth: int = 0) -> GraphSpec:
     outputs = draw(st.lists(arguments(num_inputs + len(nodes), len(built_constants), len(subgraphs)), max_size=3))
     returns = draw(st.sampled_from(["tuple", "list", *(["value"] if len(outputs) == 1 else [])]))
     return GraphSpec(num_inputs, tuple(nodes), tuple(outputs), tuple(built_constants), tuple(subgraphs), returns)
-
-
-def exact(arg: Any) -> Any:
-    """An argument as something that is equal only where types and bits are."""
-    if isinstance(arg, (list, tuple)):
-        return (type(arg).__name__, *map(exact, arg))
-    if isinstance(arg, dict):
-        return ("dict", *((key, exact(value)) for key, value in arg.items()))
-    if isinstance(arg, slice):
-        return ("slice", exact(arg.start), exact(arg.stop), exact(arg.step))
-    if isinstance(arg, float):
-        return ("float", struct.pack("<d", arg))
-    if isinstance(arg, complex):
-        return ("complex", exact(arg.real), exact(arg.imag))
-    return (type(arg).__name__, arg)
-
-
-def assert_same_graph(left: GraphSpec, right: GraphSpec) -> None:
-    assert (left.num_inputs, left.constants, left.returns) == (right.num_inputs, right.constants, right.returns)
-    assert [(n.name, n.target) for n in left.nodes] == [(n.name, n.target) for n in right.nodes]
-    for a, b in zip(left.nodes, right.nodes, strict=True):
-        assert exact(a.args) == exact(b.args)
-        assert exact(a.kwargs) == exact(b.kwargs)
-    assert exact(left.outputs) == exact(right.outputs)
-    for a_sub, b_sub in zip(left.subgraphs, right.subgraphs, strict=True):
-        assert_same_graph(a_sub, b_sub)
 
 
 @given(graphs())
