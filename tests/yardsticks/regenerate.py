@@ -14,6 +14,7 @@ import json
 import os
 import re
 import tempfile
+import textwrap
 from pathlib import Path
 
 import torch
@@ -83,7 +84,9 @@ def _reason(case: Case) -> str | None:
         context = re.search(
             r"^ *Exception: *(\S.*)|Developer debug context: (?!Backend: )(\S.*)", str(error), re.MULTILINE
         )
-        return f"{reason} ({(context[1] or context[2])[:60]})" if context else reason
+        if context is None:
+            return reason
+        return f"{reason} ({textwrap.shorten(context[1] or context[2], 100, placeholder=' ...')})"
     return None
 
 

@@ -10,6 +10,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 from tests.yardsticks.harness import Case, parametrize, unique
 from tests.yardsticks.op_cases import (
+    INPLACE_DTYPE,
     inference_case,
     inplace_case,
     inplace_training_case,
@@ -32,10 +33,11 @@ def _float32_cases() -> Iterator[Case]:
         yield inference_case("op_db", op, torch.float32)
         if supports_training(op, torch.float32):
             yield training_case("op_db", op, torch.float32)
+        inplace_dtype = INPLACE_DTYPE.get(op.name, torch.float32)
         if op.inplace_variant is not None:
-            yield inplace_case("op_db", op, torch.float32)
-        if supports_inplace_training(op, torch.float32):
-            yield inplace_training_case("op_db", op, torch.float32)
+            yield inplace_case("op_db", op, inplace_dtype)
+        if supports_inplace_training(op, inplace_dtype):
+            yield inplace_training_case("op_db", op, inplace_dtype)
 
 
 def _spot_cases() -> Iterator[Case]:
