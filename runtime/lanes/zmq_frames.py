@@ -12,10 +12,12 @@ import torch
 import zmq
 
 from genie_dynamo.core import tensors
-from genie_dynamo.core.errors import ProtocolError
+from genie_dynamo.core.errors import MessageLimitError, ProtocolError
+from genie_dynamo.core.limits import DEFAULT_LIMITS
 
 INLINE_BYTES = 16 << 10
 ZERO_COPY_BYTES = 256 << 10
+MAX_FRAME_BYTES = DEFAULT_LIMITS.message_bytes
 _ALIGNMENT_BYTES = 8
 
 
@@ -31,6 +33,11 @@ class ZmqFrames:
         if size_bytes <= INLINE_BYTES:
             payload = tensors.copy_out(plain, size_bytes)
         else:
+            if size_bytes > MAX_FRAME_BYTES:     # the peer would close the connection without a word
+                raise MessageLimitError(
+                    f"a tensor of shape {tuple(plain.shape)}, {plain.dtype}, takes {size_bytes / 2**30:.1f} GiB; at "
+                    f"most {MAX_FRAME_BYTES / 2**30:g} GiB travel as one tensor: split it", size_bytes=size_bytes,
+                    limit_bytes=MAX_FRAME_BYTES)
             payload = len(frames)
             frames.append(tensors.view_memory(plain, size_bytes))
         return (code, shape, stride, payload, True) if gaps else (code, shape, stride, payload)

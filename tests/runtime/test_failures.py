@@ -18,6 +18,7 @@ import zmq
 import genie_dynamo as genie
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.wire import pack, unpack
+from genie_dynamo.runtime.lanes import zmq_frames
 
 
 def spin(x: torch.Tensor) -> torch.Tensor:
@@ -206,6 +207,19 @@ def test_hostile_bytes_are_answered_and_the_worker_lives_on(session: Any, fresh_
     assert torch.equal(compiled(x), x * 2)
 
 
+def test_a_tensor_beyond_the_limit_is_refused_before_it_is_sent(session: Any, fresh_dynamo: None,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = torch.compile(lambda x: x.sum(), backend="genie", dynamic=True)
+    monkeypatch.setattr(zmq_frames, "MAX_FRAME_BYTES", 1 << 20)
+    assert compiled(torch.ones(1 << 18)) == 1 << 18
+    genie.reset_stats()
+    with pytest.raises(genie.MessageLimitError, match=r"shape \(262145,\), torch.float32.*split it") as caught:
+        compiled(torch.ones((1 << 18) + 1))
+    assert caught.value.facts == {"size_bytes": (1 << 20) + 4, "limit_bytes": 1 << 20}
+    assert genie.get_stats()["by_reason"]["inputs"]["sent"] == 0
+    assert compiled(torch.ones(9)) == 9, "the session goes on"
+
+
 def test_a_user_exception_in_a_graph_break_is_unchanged(session: Any, fresh_dynamo: None) -> None:
     class Mine(Exception):
         pass
@@ -269,6 +283,28 @@ def test_a_forked_child_does_not_use_its_parents_session(session: Any, fresh_dyn
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert torch.equal(compiled(x), x + 1), "the child's exit has closed nothing of ours"
+
+
+def test_a_forked_child_that_calls_opens_a_session_of_its_own(session: Any, fresh_dynamo: None) -> None:
+    net = torch.nn.Linear(3, 2)
+    compiled, x = torch.compile(net, backend="genie"), torch.randn(4, 3)
+    with torch.no_grad():
+        expected = compiled(x)
+        mine = worker_pid()
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                same = torch.equal(compiled(x), expected)
+                os.write(writer, b"right" if same and worker_pid() != mine else b"wrong")
+                genie.shutdown()
+            finally:
+                os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            assert pipe.read() == b"right"
+        os.waitpid(pid, 0)
+        assert torch.equal(compiled(x), expected) and worker_pid() == mine
 
 
 def test_data_loader_workers_beside_a_session(session: Any, fresh_dynamo: None) -> None:
