@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,37 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import genie_dynamo as genie
+from tests.face.comparing import check, gradients, net_and_input, same, until
 
 pytestmark = pytest.mark.usefixtures("session", "fresh_dynamo")
-
-
-def same(actual: Any, expected: Any) -> None:
-    """Equal values, dtypes and strides, through tuples and None."""
-    if isinstance(expected, torch.Tensor):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-        assert actual.stride() == expected.stride() and actual.requires_grad == expected.requires_grad
-    elif isinstance(expected, tuple | list):
-        assert len(actual) == len(expected)
-        for a, e in zip(actual, expected, strict=True):
-            same(a, e)
-    else:
-        assert actual == expected
-
-
-def check(f: Callable[..., Any], *args: Any, **compile_options: Any) -> None:
-    """Compiled and eager give the same, on inputs of their own, and leave their inputs the same."""
-    mine, theirs = copy.deepcopy(args), copy.deepcopy(args)
-    torch.manual_seed(7)
-    expected = f(*theirs)
-    state = torch.get_rng_state()
-    for _ in range(2):
-        inputs = copy.deepcopy(args)
-        torch.manual_seed(7)
-        same(torch.compile(f, backend="genie", **compile_options)(*inputs), expected)
-        assert torch.equal(torch.get_rng_state(), state)
-        same(list(inputs), list(theirs))
-    assert genie.get_stats()["fragment_runs"] >= 1
-    del mine
 
 
 def remote_runs() -> int:
@@ -86,6 +57,18 @@ def test_a_function_a_method_a_module_and_a_class() -> None:
     assert remote_runs() == 4
 
 
+def test_compile_with_workers_opens_a_session_with_them(own_session: Callable[..., Any]) -> None:
+    net = nn.Linear(3, 2)
+    compiled = genie.compile(net, workers=2, dynamic=True, fullgraph=True, strict=True)
+    opened = genie.session()
+    assert len(opened.links) == 2
+    for rows in (2, 5):
+        x = torch.randn(rows, 3)
+        same(compiled(x), net(x))
+    genie.compile(nn.Linear(3, 2), workers=2)
+    assert genie.session() is opened, "one with these workers is open"
+
+
 def test_one_submodule_of_a_model_whose_rest_stays_local() -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     expected = net(x := torch.randn(3, 4))
@@ -100,7 +83,7 @@ def test_other_things_are_refused(target: Any) -> None:
         genie.compile(target)
 
 
-# -- shapes, dtypes, layouts ----------------------------------------------------------------------------------
+# -- shapes, layouts ----------------------------------------------------------------------------------
 
 
 def test_dynamic_shapes_compile_once() -> None:
@@ -117,22 +100,6 @@ def test_shapes_become_dynamic_by_themselves() -> None:
     for size in (3, 4, 5, 6, 1):
         x = torch.randn(2, size)
         same(compiled(x), x.sum(1) + size)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64,
-                                   torch.int32,
-                                   torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128])
-def test_dtypes(dtype: torch.dtype) -> None:
-    x = torch.tensor([[0, 1, 2], [3, 0, 1]]).to(dtype)
-    check(lambda x: (x.t(), x + x, x == x.flip(0), x.to(torch.float64) if not x.is_complex() else x.conj()), x)
-
-
-def test_float8() -> None:
-    x = torch.randn(4, 4)
-    compiled = torch.compile(lambda x: x.to(torch.float8_e4m3fn), backend="genie")
-    assert torch.equal(compiled(x).float(), x.to(torch.float8_e4m3fn).float())
-    half = x.to(torch.float8_e5m2)
-    same(torch.compile(lambda x: x.to(torch.float32) * 2, backend="genie")(half), half.to(torch.float32) * 2)
 
 
 @pytest.mark.parametrize("make", [
@@ -243,24 +210,6 @@ def test_tied_weights_and_tensor_constants() -> None:
 # -- modes ----------------------------------------------------------------------------------------------------
 
 
-def test_autocast_no_grad_and_inference_mode() -> None:
-    net = nn.Linear(8, 8)
-    compiled, x = torch.compile(net, backend="genie"), torch.randn(4, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual, expected = compiled(x), net(x)
-    assert actual.dtype is torch.bfloat16
-    torch.testing.assert_close(actual, expected)
-    with torch.no_grad():
-        same(compiled(x), net(x))
-    with torch.inference_mode():
-        actual = compiled(x)
-        assert actual.is_inference()
-        torch.testing.assert_close(actual, net(x))
-    with torch.inference_mode():
-        frozen = nn.Linear(8, 8)
-        torch.testing.assert_close(torch.compile(frozen, backend="genie")(x), frozen(x))
-
-
 def test_dropout_and_random_ops_with_a_seed() -> None:
     check(lambda x: (nn.functional.dropout(x, 0.5), torch.rand_like(x), torch.randint(0, 9, (3,)),
                      torch.bernoulli(x.sigmoid())),
@@ -324,18 +273,6 @@ def test_a_custom_op_that_no_worker_can_import_runs_here() -> None:
 # -- autograd -------------------------------------------------------------------------------------------------
 
 
-def net_and_input() -> tuple[nn.Module, torch.Tensor]:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 2)), torch.randn(6, 4)
-
-
-def gradients(run: Callable[[], torch.Tensor], net: nn.Module, **options: Any) -> list[torch.Tensor]:
-    net.zero_grad()
-    loss = run()
-    loss.backward(**options)
-    return [p.grad.clone() for p in net.parameters() if p.grad is not None]
-
-
 def test_backward_twice_with_retain_graph() -> None:
     net, x = net_and_input()
     compiled = torch.compile(net, backend="genie")
@@ -382,13 +319,6 @@ def test_activations_stay_on_the_worker_and_are_freed() -> None:
     assert genie.get_stats()["workers"]["w0"]["resident_tensors"] == len(list(net.parameters()))
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def test_a_compiled_optimizer_step() -> None:
     net, x = net_and_input()
     reference = copy.deepcopy(net)
@@ -402,76 +332,3 @@ def test_a_compiled_optimizer_step() -> None:
             go()
     for p, q in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
-
-
-# -- what stays on the worker, and what that saves ------------------------------------------------------------
-
-
-def test_weights_go_up_once_and_again_when_they_change() -> None:
-    net = nn.Linear(100, 100)
-    size = sum(p.numel() * 4 for p in net.parameters())
-    compiled, x = torch.compile(net, backend="genie"), torch.randn(2, 100)
-    sent = []
-    with torch.no_grad():
-        for edit in (None, None, lambda: net.weight.mul_(2), None, lambda: net.load_state_dict(net.state_dict()),
-                     lambda: genie.invalidate(net), None):
-            if edit is not None:
-                edit()
-            genie.reset_stats()
-            same(compiled(x), net(x))
-            sent.append(genie.get_stats()["by_reason"]["weights"]["sent"])
-    assert sent == [size, 0, 40000, 0, size, size, 0]
-
-
-def test_blind_sends_everything_every_time_and_is_as_right() -> None:
-    net, x = net_and_input()
-    compiled = torch.compile(net, backend="genie", options={"awareness": "blind"})
-    expected = gradients(lambda: net(x).square().sum(), net)
-    for _ in range(2):
-        genie.reset_stats()
-        same(gradients(lambda: compiled(x).square().sum(), net), expected)
-        moved = genie.get_stats()["by_reason"]
-        assert moved["weights"]["sent"] >= sum(p.numel() * 4 for p in net.parameters())
-        assert moved["state"]["received"] > 0, "activations come down"
-
-
-def test_a_dropped_graph_and_its_weights_leave_the_worker(own_session: Callable[..., Any]) -> None:
-    def resident() -> tuple[int, int]:
-        row = genie.get_stats()["workers"]["w0"]
-        return row["programs"], row["resident_tensors"]
-
-    own_session(workers=1)        # one that holds nothing of other tests
-    assert resident() == (0, 0)
-    net = nn.Linear(5, 5)
-    compiled = torch.compile(net, backend="genie")
-    compiled(torch.randn(2, 5)).sum().backward()
-    programs, tensors = resident()
-    assert programs == 2 and tensors >= 2
-    del compiled, net
-    torch._dynamo.reset()
-    gc.collect()
-    until(lambda: resident() == (0, 0))
-
-
-def test_verify_compares_with_a_local_run() -> None:
-    net, x = net_and_input()
-    compiled = torch.compile(net, backend="genie", options={"verify": 1.0})
-    expected = gradients(lambda: net(x).square().sum(), net)
-    same(gradients(lambda: compiled(x).square().sum(), net), expected)
-    assert genie.get_stats()["events"]["call verified"] == 2
-
-
-def test_stats_have_the_documented_shape() -> None:
-    torch.compile(lambda x: x + 1, backend="genie")(torch.ones(256))
-    stats = genie.get_stats()
-    documented = {"calls", "fragment_runs", "bytes_sent", "bytes_received", "by_reason", "seconds", "fallbacks",
-                  "workers"}
-    assert documented <= set(stats)
-    assert set(stats["by_reason"]) == {"weights", "inputs", "outputs", "state", "gradients", "control"}
-    assert set(stats["seconds"]) == {"dispatch", "wait", "transfer", "compute"}
-    assert stats["by_reason"]["inputs"]["sent"] == stats["by_reason"]["outputs"]["received"] == 1024
-    assert stats["bytes_sent"] == sum(r["sent"] for r in stats["by_reason"].values())
-    worker = stats["workers"]["w0"]
-    assert worker["calls"] == stats["calls"] == 1 and worker["memory_bytes"] > 0 and worker["incarnation"]
-    genie.reset_stats()
-    assert genie.get_stats()["calls"] == 0
