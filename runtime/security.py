@@ -121,7 +121,8 @@ def load_public_key(path: str | os.PathLike[str]) -> bytes:
     try:
         public, _ = load_certificate(path)
     except (OSError, ValueError) as exc:
-        raise ConfigError(f"{path}: no CURVE key in it ({exc}); `genie keygen` makes one") from exc
+        why = exc if Path(path).exists() else "there is no such file"
+        raise ConfigError(f"{path}: no CURVE key in it ({why}); `genie keygen` makes one") from exc
     if not is_curve_key(public):
         raise ConfigError(f"{path}: its public-key is not 40 characters of z85")
     return public

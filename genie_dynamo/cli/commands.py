@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 from genie_dynamo.cli.parser import Parser
@@ -67,7 +68,7 @@ def add_worker(parser: Parser, subparsers: Any) -> None:
         help="serve this machine's processor or accelerator to clients until it is stopped")
     command.add_argument("--bind", required=True, metavar="ADDRESS",
                          help="where to listen: tcp://HOST:PORT or ipc:///PATH")
-    command.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda:N (default: cpu)")
+    command.add_argument("--device", type=device, default="cpu", metavar="DEVICE", help="cpu or cuda:N (default: cpu)")
     command.add_argument("--threads", type=positive, metavar="N", help="compute threads (default: all cores)")
     command.add_argument("--op-library", action="append", default=[], metavar="MODULE",
                          help="import this module, which registers torch.library ops; may be repeated")
@@ -149,6 +150,13 @@ def run_keygen(arguments: argparse.Namespace) -> int:
 
 
 # ---------------------------------------------------------------- values
+def device(text: str) -> str:
+    """The name of a device that a worker may own, for argparse; whether it is there shows when the worker starts."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda:N")
+    return text
+
+
 def positive(text: str) -> int:
     """A whole number from 1 on, for argparse."""
     number = int(text) if text.isdecimal() else 0

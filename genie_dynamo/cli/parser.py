@@ -25,6 +25,7 @@ class Parser(argparse.ArgumentParser):
             kwargs["epilog"] = "example:\n" + "\n".join(f"  {line}" for line in example.splitlines())
         super().__init__(*args, **kwargs)
         self.commands: dict[str, Parser] = {}
+        self._words: Sequence[str] = ()
 
     def add_command(self, subparsers: Any, name: str, *, help: str, example: str) -> Parser:
         """One subcommand; `help` is its line in the list and its description."""
@@ -34,6 +35,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The arguments. Exits with status 2 and a hint for what it does not know."""
+        for parser in (self, *self.commands.values()):
+            parser._words = argv
         arguments, unknown = self.parse_known_args(argv)
         if unknown:
             command = self.commands.get(getattr(arguments, "command", None) or "", self)
@@ -46,8 +49,13 @@ class Parser(argparse.ArgumentParser):
         if wrong:
             choices = [word.strip(" '") for word in wrong.group(2).split(",")]
             message += _did_you_mean(wrong.group(1), choices)
+        elif "required" in message:      # it may be there, misspelt
+            message += self.hint_for_options(word for word in self._words if not self._knows(word))
         self.print_usage(sys.stderr)
         self.exit(USAGE_ERROR, f"{self.prog}: error: {message}\nSee {self.prog} --help\n")
+
+    def _knows(self, word: str) -> bool:
+        return any(word.split("=")[0] in action.option_strings for action in self._actions)
 
     def hint_for_options(self, unknown: Iterable[str]) -> str:
         """' (did you mean --device?)' for the first option that resembles one of this parser's."""

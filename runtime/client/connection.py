@@ -212,7 +212,7 @@ _REMOTE_TYPES: dict[str, type[RemoteExecutionError]] = {}
 
 def _remote_type(name: str) -> type[RemoteExecutionError]:
     """RemoteExecutionError that is also the type eager would have raised, so that the caller's `except` still works."""
-    if name == "LinAlgError":
+    if name == "_LinAlgError":
         import torch
 
         base: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]

@@ -44,6 +44,9 @@ def test_help_has_examples_that_parse(command: str, capsys: pytest.CaptureFixtur
     (["demo", "--qiuck"], "did you mean --quick?"),
     (["doctor", "--jsn=1"], "did you mean --json?"),
     (["worker", "--bind", "tcp://127.0.0.1:1", "--log-level", "inof"], "did you mean INFO?"),
+    (["worker", "--bnd", "tcp://127.0.0.1:1"], "did you mean --bind?"),
+    (["worker", "--bnd=tcp://127.0.0.1:1", "--threads", "2"], "did you mean --bind?"),
+    (["worker", "--bind", "tcp://127.0.0.1:1", "--device", "gpu"], "neither cpu nor cuda:N"),
 ])
 def test_a_misspelt_word_names_the_nearest_right_one(
         argv: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:

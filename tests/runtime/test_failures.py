@@ -152,6 +152,13 @@ def test_an_index_error_on_the_worker_is_an_index_error_here(session: Any, fresh
     assert torch.equal(compiled(good), table[good]), "the worker lives on"
 
 
+def test_a_singular_matrix_is_a_lin_alg_error_here(session: Any, fresh_dynamo: None) -> None:
+    compiled = torch.compile(torch.linalg.inv, backend="genie")
+    with pytest.raises(torch.linalg.LinAlgError, match="singular") as caught:
+        compiled(torch.zeros(3, 3))
+    assert isinstance(caught.value, genie.RemoteExecutionError)
+
+
 def test_out_of_memory_fails_the_call_and_not_the_worker(session: Any, fresh_dynamo: None) -> None:
     def greedy(x: torch.Tensor, n: int) -> torch.Tensor:
         return (x.new_ones(n) * x.sum()).sum()

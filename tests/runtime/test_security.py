@@ -117,7 +117,7 @@ def test_a_secret_key_that_others_can_read_is_refused(keys: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "says"), [
-    (None, "no CURVE key in it"), ("", "no CURVE key in it"), ('public-key = "short"', "not 40 characters"),
+    (None, "there is no such file"), ("", "no CURVE key in it"), ('public-key = "short"', "not 40 characters"),
     ('public-key = "' + "a" * 40 + '"', "only a public key"),
 ])
 def test_a_file_without_a_key_is_named(tmp_path: Path, content: str | None, says: str) -> None:
