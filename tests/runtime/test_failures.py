@@ -17,6 +17,7 @@ import zmq
 
 import genie_dynamo as genie
 from genie_dynamo.core import messages as m
+from genie_dynamo.core.limits import DEFAULT_LIMITS
 from genie_dynamo.core.wire import pack, unpack
 from genie_dynamo.runtime.lanes import zmq_frames
 
@@ -211,6 +212,9 @@ def test_hostile_bytes_are_answered_and_the_worker_lives_on(session: Any, fresh_
             answer = m.from_wire(unpack(socket.recv()))
             assert isinstance(answer, m.Failure), answer
         assert answer.kind == "VersionMismatchError" and "99" in answer.message
+        socket.send(pack(bytes(DEFAULT_LIMITS.header_bytes)))
+        answer = m.from_wire(unpack(socket.recv()))
+        assert isinstance(answer, m.Failure) and answer.kind == "MessageLimitError", answer
     assert torch.equal(compiled(x), x * 2)
 
 
