@@ -186,7 +186,7 @@ def test_a_deadline_that_passes_is_a_timeout_and_the_next_call_works(own_session
 
 def test_nobody_at_the_address() -> None:
     with pytest.raises(genie.WorkerUnreachableError, match=r"genie worker --bind tcp://127.0.0.1:1"):
-        genie.runtime_session = genie.Session(  # type: ignore[attr-defined]
+        genie.Session(
             genie.Config.build(workers=["tcp://127.0.0.1:1"], connect_timeout_s=0.3),
             cluster_of("tcp://127.0.0.1:1"))
 
@@ -195,6 +195,13 @@ def cluster_of(address: str) -> Any:
     from genie_dynamo.runtime.cluster import parse_workers
 
     return parse_workers([address]).workers
+
+
+def test_another_protocol_version_is_an_error_that_names_both(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, spoken = genie.session().links[0].address, m.PROTOCOL_VERSION
+    monkeypatch.setattr(m, "PROTOCOL_VERSION", 99)
+    with pytest.raises(genie.VersionMismatchError, match=rf"99.*\b{spoken}\b.*release"):
+        genie.Session(genie.Config.build(workers=[address]), cluster_of(address))
 
 
 def test_hostile_bytes_are_answered_and_the_worker_lives_on(session: Any, fresh_dynamo: None) -> None:
