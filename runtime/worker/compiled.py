@@ -82,6 +82,9 @@ class CompiledFragment:
         return outputs
 
     def _start(self, inputs: list[Any]) -> None:
+        # A CUDA build without a device replaces its device guard when fake tensors are first used; done by the
+        # compiling thread, that ends the process (seen with torch 2.11).
+        torch._C._ensureCUDADeviceGuardSet()
         examples = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
         self._thread = threading.Thread(target=self._compile, args=(examples,), name="genie-inductor", daemon=True)
         self._thread.start()

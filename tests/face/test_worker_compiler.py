@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -57,8 +58,8 @@ def test_auto_runs_flat_at_once_and_settles() -> None:
     x = torch.randn(4, 8)
     with torch.no_grad():
         expected = model(x)
-        for _ in range(4000):
-            torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
-            if compiler_facts().get("settled", 0):
-                return
-    pytest.fail(f"auto did not settle: {compiler_facts()}")
+        deadline_s = time.monotonic() + 120
+        while not compiler_facts().get("settled", 0):
+            assert time.monotonic() < deadline_s, f"auto did not settle: {compiler_facts()}"
+            for _ in range(20):
+                torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
