@@ -163,16 +163,17 @@ class Shell:
     def _advance(self, run: RunRecord) -> None:
         try:
             status = self._engine.advance(run, time.monotonic() + SLICE_S, self._emit)
+            if status is RunStatus.DONE and not run.abandoned:
+                values, kept = self._engine.results(run, self._sent.pop(run, set()))
+                self._carry_out(self._state.handle(Finished(run, values, kept, time.monotonic())))
+                return
         except Exception as error:
-            # An op of the user's model raised: the caller gets it, the worker lives on.
+            # An op of the user's model raised, or memory ran out: the caller gets it, the worker lives on.
             self._sent.pop(run, None)
             self._carry_out(self._state.handle(Failed(run, error, time.monotonic())))
             return
         if run.abandoned:
             self._drop(run)
-        elif status is RunStatus.DONE:
-            values, kept = self._engine.results(run, self._sent.pop(run, set()))
-            self._carry_out(self._state.handle(Finished(run, values, kept, time.monotonic())))
         elif status is RunStatus.YIELDED:
             self._ready.append(run)
         else:
