@@ -1,0 +1,93 @@
+"""KV cache: keys and values that a call reads, appends to or writes into, beside the attention that uses them.
+
+    append   cat([cache, k], -2), also of an empty cache        dynamic
+    write    cache.index_copy(-2, positions, k), index_put,     static
+             slice_scatter, and the same in place
+    read     k is an input as it is: kept from earlier
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from genie_dynamo.core.semantics import Scalar
+from genie_dynamo.passes.semantics.ops import VIEWS
+from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern
+from genie_dynamo.passes.semantics.patterns.attention import find_core
+from genie_dynamo.passes.semantics.view import Dim, GraphView, ViewNode
+
+_FRESH = frozenset({"zeros", "empty", "new_zeros", "new_empty", "zeros_like", "full", "tensor", "scalar_tensor"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    operation: str                  # "read" | "append" | "write"
+    nodes: tuple[ViewNode, ...]
+    old: ViewNode
+    past_length: Dim
+
+
+def match_kv_cache(view: GraphView, node: ViewNode) -> Outcome:
+    core = find_core(view, node)
+    if isinstance(core, NoMatch):
+        return NoMatch(f"not attention: {core.reason}")
+    key, value = _use(view, core.key), _use(view, core.value)
+    if isinstance(key, NoMatch):
+        return key
+    if isinstance(value, NoMatch):
+        return NoMatch(f"keys come from a cache, values do not: {value.reason}")
+    if key.operation != value.operation:
+        return NoMatch(f"keys are {key.operation}, values {value.operation}")
+    nodes = (*key.nodes, *value.nodes)
+    query_length = core.query.shape[-2] if core.query.shape is not None and core.query.rank >= 2 else 0
+    annotations: dict[str, Scalar] = {
+        "operation": key.operation, "storage": "static" if key.operation == "write" else "dynamic",
+        "past_length": key.past_length, "query_length": query_length}
+    sure = 0.95 if key.old.kind == "input" or key.operation == "write" else 0.9
+    return Match(kind="kv_cache", core=nodes, confidence=sure, annotations=annotations,
+                 reason=f"{key.operation}: attention reads keys and values that outlive the call")
+
+
+def _use(view: GraphView, operand: ViewNode) -> _Use | NoMatch:
+    node, limit, steps = operand, 16, []
+    while limit and node.op in VIEWS and node.inputs:
+        steps.append(node)
+        node, limit = node.inputs[0], limit - 1
+    if node.op == "cat":
+        return _append(view, node)
+    if node.op in ("index_write", "copy"):
+        return _write(view, node)
+    if node.kind == "input" and node.op != "parameter" and node.is_float and node.rank >= 3:
+        if not steps:
+            return NoMatch("keys or values are inputs, and no node reads them")
+        return _Use("read", tuple(steps), node, _length(node))
+    return NoMatch("keys and values are made by this call and not kept")
+
+
+def _append(view: GraphView, node: ViewNode) -> _Use | NoMatch:
+    if len(node.inputs) != 2:
+        return NoMatch(f"a concatenation of {len(node.inputs)} values")
+    old, new = view.through_views(node.inputs[0]), node.inputs[1]
+    if new.static:
+        return NoMatch("what is appended does not depend on the input: learned keys")
+    if old.kind == "input" and old.op != "parameter" and old.is_float:
+        return _Use("append", (node,), old, _length(node.inputs[0]))
+    if old.static and not old.weighted and (node.inputs[0].hint == (0,) or 0 in (node.inputs[0].hint or ())):
+        return _Use("append", (node,), old, 0)
+    return NoMatch("what the keys are appended to is computed in this call")
+
+
+def _write(view: GraphView, node: ViewNode) -> _Use | NoMatch:
+    old = view.through_views(node.inputs[0])
+    while old.op in ("index_write", "copy") and old.inputs:
+        old = view.through_views(old.inputs[0])
+    if (old.kind in ("input", "constant") and old.op != "parameter") or old.op in _FRESH:
+        return _Use("write", (node,), old, _length(node))
+    return NoMatch("what the keys are written into is computed in this call")
+
+
+def _length(node: ViewNode) -> Dim:
+    return node.shape[-2] if node.shape is not None and node.rank >= 2 else 0
+
+
+KV_CACHE = Pattern(
+    name="kv_cache", matcher=match_kv_cache, kinds=("kv_cache",), priority=45, anchors=("attention", "softmax"))

@@ -1,0 +1,79 @@
+"""Mixture of experts: who decides (router), and the experts that compute.
+
+    router   x -> linear -> (softmax | sigmoid) -> topk -> weights and indices of experts
+    experts  tokens gathered by expert -> grouped product -> act -> grouped product -> scattered back
+"""
+from __future__ import annotations
+
+from genie_dynamo.core.semantics import Scalar
+from genie_dynamo.passes.semantics.ops import ELEMENTWISE, VIEWS
+from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern, ordered
+from genie_dynamo.passes.semantics.patterns.search import FLOW
+from genie_dynamo.passes.semantics.view import GraphView, ViewNode, is_linear
+
+_SCORES = ELEMENTWISE | VIEWS | {"softmax", "sum", "gather", "index", "index_write", "zeros_like"}
+_DISPATCH = VIEWS | frozenset({
+    "sort", "floor_divide", "floordiv", "index", "histc", "cumsum", "index_write", "copy", "argsort", "eq", "one_hot",
+    "nonzero", "arange", "remainder", "where", "empty_like", "bincount", "zeros_like", "clamp"})
+_COMBINE = ELEMENTWISE | VIEWS | {"index", "index_write", "index_add", "sum", "grouped_matmul", "copy", "zeros_like"}
+
+
+def match_router(view: GraphView, node: ViewNode) -> Outcome:
+    scored = [n for n in view.backward(node, _SCORES, 24) if is_linear(n)]
+    if not scored:
+        return NoMatch("the best are taken of values that no linear layer scored")
+    linear = max(scored, key=lambda n: n.index)
+    indices = [u for u in node.users if u.op == "item" and u.args[1] == 1]
+    routed = [n for i in indices for n in view.forward(i, _DISPATCH, 40)
+              if n.op in ("grouped_matmul", "index_add", "index", "one_hot", "sort", "eq", "index_write", "matmul")]
+    if not routed:
+        return NoMatch("the indices route nothing: the best of a distribution")
+    between = [n for n in view.backward(node, _SCORES, 24) if n.index > linear.index and n.op in _SCORES]
+    after = [n for n in view.forward(node, frozenset({"item", "softmax", "sum", "div", "add", "cast", "mul"}), 12)
+             if n.op in ("item", "softmax", "sum", "div", "mul") and not _after_experts(n)]
+    chosen = node.args[1] if len(node.args) > 1 else node.kwargs.get("k", 0)
+    annotations: dict[str, Scalar] = {"experts": _last(linear), "chosen": chosen if isinstance(chosen, int) else 0}
+    return Match(kind="moe_router", core=ordered([linear, node]), nodes=ordered([*between, *after]), confidence=0.95,
+                 reason="a linear layer scores, the best are chosen, their indices route", annotations=annotations)
+
+
+def _last(node: ViewNode) -> int | str:
+    return node.shape[-1] if node.shape else 0
+
+
+def _after_experts(node: ViewNode) -> bool:
+    return any(p.op in ("grouped_matmul", "view") and p.rank > 2 for p in node.inputs)
+
+
+def match_experts(view: GraphView, node: ViewNode) -> Outcome:
+    above = list(view.backward(node, FLOW, 32))
+    if any(n.op == "grouped_matmul" for n in above):
+        return NoMatch("a later product of experts that another anchor has")
+    products = [node]
+    inner: list[ViewNode] = []
+    for n in view.forward(node, _COMBINE, 64):
+        if n.op == "grouped_matmul":
+            products.append(n)
+        if n.op in _COMBINE and not _leaves(n):
+            inner.append(n)
+    last = max(products, key=lambda n: n.index)
+    inner = [n for n in inner if n.index <= last.index or _combines(view, n, last)]
+    before = [n for n in view.backward(node, _DISPATCH, 48) if n.op in _DISPATCH and n.kind == "call"]
+    weight = node.inputs[1].hint if len(node.inputs) > 1 else None
+    annotations: dict[str, Scalar] = {"experts": weight[0] if weight else 0}
+    return Match(kind="moe_experts", core=ordered(products), nodes=ordered([*inner, *before]), confidence=0.95,
+                 reason="products grouped by expert", annotations=annotations)
+
+
+def _leaves(node: ViewNode) -> bool:
+    """A sum with the residual stream."""
+    return node.op == "add" and len(node.inputs) == 2 and node.rank == 3
+
+
+def _combines(view: GraphView, node: ViewNode, last: ViewNode) -> bool:
+    return node.op in ("mul", "index", "sum", "view", "index_add", "index_write", "copy", "where")
+
+
+ROUTER = Pattern(name="moe_router", matcher=match_router, kinds=("moe_router",), priority=35, anchors=("topk",))
+EXPERTS = Pattern(name="moe_experts", matcher=match_experts, kinds=("moe_experts",), priority=35,
+                  anchors=("grouped_matmul",))

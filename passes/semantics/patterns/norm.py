@@ -1,0 +1,54 @@
+"""Normalisation: one op, or the chain of a root mean square.
+
+    x -> pow 2 -> mean -> + eps -> rsqrt -> * x -> (* weight)
+"""
+from __future__ import annotations
+
+from genie_dynamo.passes.semantics.ops import VIEWS
+from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern, ordered
+from genie_dynamo.passes.semantics.patterns.search import FLOW
+from genie_dynamo.passes.semantics.view import GraphView, ViewNode
+
+_STATISTIC = frozenset({"mean", "var", "var_mean"})
+
+
+def match_norm(view: GraphView, node: ViewNode) -> Outcome:
+    if node.op in ("rsqrt", "sqrt"):
+        return _chain(view, node)
+    items = tuple(user for user in node.users if user.op == "item")
+    return Match(kind="norm", core=(node, *items), confidence=0.99, reason=f"the op {node.target}",
+                 annotations={"variant": node.op})
+
+
+def _chain(view: GraphView, node: ViewNode) -> Outcome:
+    if node.static:
+        return NoMatch("the root of a weight")
+    statistic = next((n for n in view.backward(node, frozenset({"add", "clamp", "maximum"}) | VIEWS, 8)
+                      if n.op in _STATISTIC), None)
+    if statistic is None:
+        return NoMatch("not the root of a mean or variance")
+    inner = [n for n in view.backward(node, FLOW | _STATISTIC, 8) if n.kind == "call"]
+    scale = next((user for user in node.users if user.op in ("mul", "div")), None)
+    if scale is None:
+        return NoMatch("nothing is scaled by the root")
+    middle = {n for n in inner if n.index >= _first(statistic).index}
+    after, current = [], scale
+    for _ in range(4):
+        following = [u for u in current.users if u.op in ("mul", "add", "cast") and
+                     all(p is current or p.static for p in u.inputs)]
+        if len(current.users) != 1 or not following:
+            break
+        current = following[0]
+        after.append(current)
+    return Match(kind="norm", core=(node, scale), nodes=ordered([*middle, statistic, *after]), confidence=0.93,
+                 reason="a value over the root of its mean square", annotations={"variant": "rms_norm"})
+
+
+def _first(statistic: ViewNode) -> ViewNode:
+    """The square under the mean, or the statistic."""
+    source = statistic.inputs[0]
+    return source if source.op in ("pow", "mul") else statistic
+
+
+NORM = Pattern(name="norm", matcher=match_norm, kinds=("norm",), priority=30,
+               anchors=("layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "sqrt"))

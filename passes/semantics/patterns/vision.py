@@ -1,0 +1,64 @@
+"""Patch embedding and pooling: where an image becomes tokens, and where many positions become few."""
+from __future__ import annotations
+
+from genie_dynamo.passes.semantics.ops import PURE_VIEWS
+from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern, ordered
+from genie_dynamo.passes.semantics.view import GraphView, ViewNode
+
+
+def match_patch_embedding(view: GraphView, node: ViewNode) -> Outcome:
+    if (node.rank != 4 and node.rank != 5) or len(node.inputs) < 2:
+        return NoMatch("not a convolution over space")
+    weight, stride = node.inputs[1].hint, conv_stride(node)
+    if weight is None or len(weight) < 4 or weight[2] < 2 or stride < 2:
+        return NoMatch("neither a kernel nor a stride over several pixels")
+    tokens = []
+    for user in view.forward(node, PURE_VIEWS, 8):
+        if user.op in PURE_VIEWS:
+            tokens.append(user)
+    flat = next((n for n in tokens if n.rank == 3), None)
+    if flat is None:
+        return NoMatch("its result stays an image: a stage of convolutions")
+    return Match(kind="patch_embedding", core=(node,), nodes=ordered(tokens), confidence=0.95,
+                 annotations={"kernel": weight[2], "stride": stride},
+                 reason="patches of pixels become a sequence of tokens")
+
+
+def conv_stride(node: ViewNode) -> int:
+    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("stride", 1)
+    value = value[0] if isinstance(value, tuple) and value else value
+    return value if isinstance(value, int) else 1
+
+
+def match_pooling(view: GraphView, node: ViewNode) -> Outcome:
+    if node.op in ("max_pool", "avg_pool"):
+        items = tuple(u for u in node.users if u.op == "item" and u.args[1] == 0)
+        return Match(kind="pooling", core=(node, *items), confidence=0.97, reason=f"the op {node.target}",
+                     annotations={"variant": node.op})
+    source = node.inputs[0] if node.inputs else node
+    if source.static or source.rank < 3 or not source.is_float:
+        return NoMatch("not a mean over positions")
+    if source.op == "pow" or any(u.op in ("add", "sub") and any(w.op == "rsqrt" for w in u.users) for u in node.users):
+        return NoMatch("the statistic of a normalisation")
+    dims = _dims(node)
+    if not dims:
+        return NoMatch("a mean over everything: a loss or a report")
+    positions = {d % source.rank for d in dims}
+    image = source.rank == 4 and positions == {2, 3}
+    sequence = source.rank == 3 and positions in ({1}, {2})
+    if not image and not sequence:
+        return NoMatch(f"a mean over dims {sorted(positions)} of {source.rank}: not over positions")
+    return Match(kind="pooling", core=(node,), confidence=0.9, annotations={"variant": "mean"},
+                 reason="a mean over positions")
+
+
+def _dims(node: ViewNode) -> tuple[int, ...]:
+    value = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
+    values = value if isinstance(value, tuple) else (value,)
+    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))
+
+
+PATCH_EMBEDDING = Pattern(name="patch_embedding", matcher=match_patch_embedding, kinds=("patch_embedding",),
+                          priority=35, anchors=("conv",))
+POOLING = Pattern(name="pooling", matcher=match_pooling, kinds=("pooling",), priority=20,
+                  anchors=("max_pool", "avg_pool", "mean"))
