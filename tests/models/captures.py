@@ -8,6 +8,7 @@ what is analysed may leave them out. Nothing is computed by the first two.
 from __future__ import annotations
 
 import contextlib
+import linecache
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::sdpa
 from genie_dynamo.passes.pipeline import run_pipeline
-from genie_dynamo.passes.semantics.reading import read_roles
+from genie_dynamo.passes.semantics.reading import clean_path, read_roles
 
 KINDS = ("dynamo", "aot", "recorded")
 
@@ -121,7 +122,7 @@ class _Recorder(TorchDispatchMode):
         node = self.graph.call_function(func, given, named)
         if self._stack:
             node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in self._stack}
-        node.meta["functions"] = _functions()
+        node.meta["frames"] = _frames()
         node.meta["val"] = pytree.tree_map_only(torch.Tensor, _shape_of, out)
         if isinstance(out, torch.Tensor):
             self._bind(out, node)
@@ -186,12 +187,28 @@ def _noting_modules(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str
             handle.remove()
 
 
-def _functions() -> tuple[str, ...]:
-    """Names of the functions of model code on the Python stack, innermost last."""
-    frame, names = sys._getframe(2), []
+def _frames() -> tuple[tuple[str, str], ...]:
+    """(function, source line) of model code on the Python stack, innermost last."""
+    frame, found = sys._getframe(2), []
     while frame is not None:
         where = frame.f_code.co_filename
-        if "transformers" in where or "/tests/" in where or "/bench/" in where:
-            names.append(frame.f_code.co_name)
+        if "transformers" in where or "/tests/models/" in where:
+            found.append((frame.f_code.co_name, linecache.getline(where, frame.f_lineno).strip()))
         frame = frame.f_back  # type: ignore[assignment]
-    return tuple(reversed(names))
+    return tuple(reversed(found))
+
+
+def frames_of(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """(function, source line) of the model code that made a node, innermost last."""
+    if "frames" in node.meta:
+        return tuple(node.meta["frames"])
+    lines = (node.meta.get("stack_trace") or "").splitlines()
+    pairs = zip(lines, lines[1:], strict=False)
+    return tuple((line.rsplit(" in ", 1)[1], code.strip()) for line, code in pairs if line.startswith("  File "))
+
+
+def modules_of(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """(path, class name) of the modules that a node was made in, outermost first."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return tuple((clean_path(str(path)), (kind if isinstance(kind, str) else kind.__name__).rsplit(".", 1)[-1])
+                 for path, kind in stack.values())

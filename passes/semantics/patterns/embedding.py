@@ -7,7 +7,8 @@ from genie_dynamo.passes.semantics.ops import ELEMENTWISE, VIEWS
 from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode
 
-_IDS = ELEMENTWISE | VIEWS | {"index", "ne", "eq", "gt", "lt", "floor_divide", "abs"}
+_IDS = ELEMENTWISE | VIEWS | {
+    "index", "ne", "eq", "gt", "lt", "floor_divide", "abs", "min", "full_like", "zeros_like"}
 _COUNTS = frozenset({"arange", "cumsum"})
 _SEGMENT_ROWS = 4
 
@@ -45,7 +46,7 @@ def _table_and_ids(node: ViewNode) -> tuple[ViewNode, ViewNode]:
 
 def _counts_positions(view: GraphView, ids: ViewNode) -> bool:
     """Whether the ids are counted, not given: from arange, a running sum, or a buffer that is as good as one."""
-    sources = [ids, *view.backward(ids, _IDS, 32)]
+    sources = [ids, *view.backward(ids, _IDS, 64)]
     if any(n.op in _COUNTS for n in sources):
         return True
     return ids.static and any(n.kind != "call" and n.is_int for n in sources) and \
@@ -61,8 +62,8 @@ def _table_of_biases(view: GraphView, node: ViewNode) -> Outcome:
     table, ids = node.inputs[0], node.inputs[-1]
     if table.op != "parameter" or not node.static or not ids.is_int or len(node.inputs) != 2:
         return NoMatch("indexing of values, not of a table of weights")
-    return Match(kind="positional", core=(node,), confidence=0.85, reason="a table of biases read by pairs of positions",
-                 annotations={"variant": "relative"})
+    return Match(kind="positional", core=(node,), confidence=0.85, annotations={"variant": "relative"},
+                 reason="a table of biases read by pairs of positions")
 
 
 EMBEDDING = Pattern(name="embedding", matcher=match_embedding, kinds=("embedding", "positional"), priority=30,

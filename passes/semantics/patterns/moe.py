@@ -49,15 +49,8 @@ def match_experts(view: GraphView, node: ViewNode) -> Outcome:
     above = list(view.backward(node, FLOW, 32))
     if any(n.op == "grouped_matmul" for n in above):
         return NoMatch("a later product of experts that another anchor has")
-    products = [node]
-    inner: list[ViewNode] = []
-    for n in view.forward(node, _COMBINE, 64):
-        if n.op == "grouped_matmul":
-            products.append(n)
-        if n.op in _COMBINE and not _leaves(n):
-            inner.append(n)
-    last = max(products, key=lambda n: n.index)
-    inner = [n for n in inner if n.index <= last.index or _combines(view, n, last)]
+    inner = _below(node)
+    products = [node, *(n for n in inner if n.op == "grouped_matmul")]
     before = [n for n in view.backward(node, _DISPATCH, 48) if n.op in _DISPATCH and n.kind == "call"]
     weight = node.inputs[1].hint if len(node.inputs) > 1 else None
     annotations: dict[str, Scalar] = {"experts": weight[0] if weight else 0}
@@ -65,13 +58,19 @@ def match_experts(view: GraphView, node: ViewNode) -> Outcome:
                  reason="products grouped by expert", annotations=annotations)
 
 
-def _leaves(node: ViewNode) -> bool:
-    """A sum with the residual stream."""
-    return node.op == "add" and len(node.inputs) == 2 and node.rank == 3
-
-
-def _combines(view: GraphView, node: ViewNode, last: ViewNode) -> bool:
-    return node.op in ("mul", "index", "sum", "view", "index_add", "index_write", "copy", "where")
+def _below(node: ViewNode) -> list[ViewNode]:
+    """What is computed from a product, up to the sum with the residual stream."""
+    found: list[ViewNode] = []
+    seen, queue = {node}, [node]
+    while queue and len(found) < 64:
+        for user in queue.pop(0).users:
+            residual = user.op == "add" and len(user.inputs) == 2 and user.rank == 3
+            if user in seen or user.op not in _COMBINE or residual:
+                continue
+            seen.add(user)
+            found.append(user)
+            queue.append(user)
+    return found
 
 
 ROUTER = Pattern(name="moe_router", matcher=match_router, kinds=("moe_router",), priority=35, anchors=("topk",))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from genie_dynamo.passes.semantics.ops import VIEWS
 from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern, ordered
-from genie_dynamo.passes.semantics.patterns.search import FLOW
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode
 
 _STATISTIC = frozenset({"mean", "var", "var_mean"})
@@ -22,26 +21,39 @@ def match_norm(view: GraphView, node: ViewNode) -> Outcome:
 
 def _chain(view: GraphView, node: ViewNode) -> Outcome:
     if node.static:
-        return NoMatch("the root of a weight")
-    statistic = next((n for n in view.backward(node, frozenset({"add", "clamp", "maximum"}) | VIEWS, 8)
-                      if n.op in _STATISTIC), None)
+        return _frozen(view, node)
+    above = list(view.backward(node, frozenset({"add", "clamp", "maximum"}) | VIEWS, 8))
+    statistic = next((n for n in above if n.op in _STATISTIC), None)
     if statistic is None:
         return NoMatch("not the root of a mean or variance")
-    inner = [n for n in view.backward(node, FLOW | _STATISTIC, 8) if n.kind == "call"]
     scale = next((user for user in node.users if user.op in ("mul", "div")), None)
     if scale is None:
         return NoMatch("nothing is scaled by the root")
-    middle = {n for n in inner if n.index >= _first(statistic).index}
+    first = _first(statistic)
+    middle = [n for n in above if n.index > statistic.index and n.kind == "call"]
     after, current = [], scale
-    for _ in range(4):
+    while len(after) < 4:
         following = [u for u in current.users if u.op in ("mul", "add", "cast") and
                      all(p is current or p.static for p in u.inputs)]
         if len(current.users) != 1 or not following:
             break
         current = following[0]
         after.append(current)
-    return Match(kind="norm", core=(node, scale), nodes=ordered([*middle, statistic, *after]), confidence=0.93,
+    return Match(kind="norm", core=ordered([first, statistic, *middle, node, scale, *after]), confidence=0.96,
                  reason="a value over the root of its mean square", annotations={"variant": "rms_norm"})
+
+
+def _frozen(view: GraphView, node: ViewNode) -> Outcome:
+    """x * (weight / sqrt(variance)) + (bias - mean * ...): a batch norm whose statistics are constants."""
+    if not node.weighted and not any(p.op == "buffer" for p in view.backward(node, VIEWS | {"add"}, 6)):
+        return NoMatch("the root of a constant")
+    scaled = [u for u in view.forward(node, VIEWS | {"mul", "sub", "neg"}, 12) if not u.static]
+    product = next((u for u in scaled if u.op == "mul"), None)
+    if product is None:
+        return NoMatch("the root of a weight, and nothing is scaled by it")
+    total = [u for u in product.users if u.op == "add" and all(p is product or p.static for p in u.inputs)]
+    return Match(kind="norm", core=ordered([product, *total]), confidence=0.85, annotations={"variant": "batch_norm"},
+                 reason="a value scaled by constants over the root of a constant variance")
 
 
 def _first(statistic: ViewNode) -> ViewNode:

@@ -12,6 +12,7 @@ from genie_dynamo.passes.semantics.patterns.search import numel
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode
 
 _ANGLES = ELEMENTWISE | VIEWS | {"cat", "matmul", "floor_divide", "arange"}
+_SLICES = PURE_VIEWS | {"slice", "select", "cos", "sin"}
 _HALVES = frozenset({"slice", "item", "chunk", "select", "view"})
 
 
@@ -28,10 +29,10 @@ def _rotated_half(view: GraphView, node: ViewNode) -> Outcome:
         joined = next(w for w in joined.users if w.op == "cat")
     if joined is None or len(joined.inputs) != 2:
         return NoMatch("the negated value is not joined with another half")
-    halves = {view.through(n, _HALVES | {"neg", "unsqueeze"}, 4) for n in joined.inputs}
-    if len(halves) != 1:
+    chains = [_chain(n) for n in joined.inputs]
+    source = next((n for n in chains[0] if n in chains[1]), None)
+    if source is None:
         return NoMatch("the joined halves come from different values")
-    source = next(iter(halves))
     product = next((u for u in view.forward(joined, PURE_VIEWS, 6) if u.op == "mul"), None)
     if product is None:
         return NoMatch("the rotated value is not multiplied")
@@ -44,6 +45,15 @@ def _rotated_half(view: GraphView, node: ViewNode) -> Outcome:
     inner = [n for n in limit if n.kind == "call" and n is not source and n.index > source.index and n.op != "view"]
     return Match(kind="positional", core=ordered(core), nodes=ordered(inner), confidence=0.97,
                  reason="x cos + rotated(x) sin", annotations={"variant": "rotary"})
+
+
+def _chain(node: ViewNode) -> list[ViewNode]:
+    """What a half is a part of, from the half upwards."""
+    chain, limit = [node], 5
+    while limit and chain[-1].op in _HALVES | {"neg", "unsqueeze"} and chain[-1].inputs:
+        chain.append(chain[-1].inputs[0])
+        limit -= 1
+    return chain
 
 
 def _two_products(view: GraphView, node: ViewNode) -> Outcome:
@@ -77,9 +87,8 @@ def match_angles(view: GraphView, node: ViewNode) -> Outcome:
     angles = node.inputs[0] if node.inputs else node
     base = view.through(angles, VIEWS, 6)
     sources = {base, *view.backward(base, _ANGLES, 24)}
-    twins = [u for n in sources if n.kind == "call" for u in n.users if u.op == "sin"]
-    twins += [u for n in [angles] for u in n.users if u.op == "sin"]
-    twins += [u for n in angles.users for u in n.users if u.op == "sin"]
+    twins = {u for n in sources if n.kind == "call" for u in n.users if u.op == "sin"}
+    twins |= {u for n in (angles, base) for u in view.forward(n, _SLICES, 12) if u.op == "sin"}
     if not twins:
         return NoMatch("a cosine without the sine of the same angles")
     inner = [n for n in sources if n.kind == "call" and n.op in ("mul", "matmul", "cat", "div", "pow")]

@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 from genie_dynamo.core.semantics import Scalar
-from genie_dynamo.passes.semantics.ops import ELEMENTWISE, VIEWS
+from genie_dynamo.passes.semantics.ops import ACTIVATIONS, ELEMENTWISE, VIEWS
 from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern, ordered
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode, is_linear, operands
 
 _FLOW = ELEMENTWISE | VIEWS
-_NORMS = frozenset({"layer_norm", "rms_norm", "mean"})
+_OWN = ACTIVATIONS | {"exp", "cumsum"}
 _STOP = frozenset({"layer_norm", "rms_norm", "group_norm", "embedding", "attention", "output"})
 _BLOCK_LIMIT = 60_000
 
@@ -28,7 +28,7 @@ def match_state_space(view: GraphView, node: ViewNode) -> Outcome:
     past = any(n.kind == "input" and n.op == "input" and n.is_float and n.rank >= 2 and n is not source
                for b in block for n in b.inputs)
     annotations: dict[str, Scalar] = {"variant": decay, "past": past}
-    return Match(kind="state_space", core=ordered(n for n in block if not is_linear(n) and n.op not in VIEWS),
+    return Match(kind="state_space", core=ordered([node, *(n for n in block if n.op in _OWN)]),
                  nodes=ordered(block), confidence=0.94, annotations=annotations,
                  reason="a state decays by an exponential that the input controls")
 

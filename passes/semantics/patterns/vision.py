@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from genie_dynamo.passes.semantics.ops import PURE_VIEWS
 from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern, ordered
-from genie_dynamo.passes.semantics.view import GraphView, ViewNode
+from genie_dynamo.passes.semantics.view import GraphView, ViewNode, is_linear, operands
 
 
 def match_patch_embedding(view: GraphView, node: ViewNode) -> Outcome:
@@ -19,6 +19,10 @@ def match_patch_embedding(view: GraphView, node: ViewNode) -> Outcome:
     flat = next((n for n in tokens if n.rank == 3), None)
     if flat is None:
         return NoMatch("its result stays an image: a stage of convolutions")
+    after = list(view.forward(flat, PURE_VIEWS | {"layer_norm", "item"}, 12))
+    if after and all(n.op in ("matmul", "layer_norm", "item") or n.op in PURE_VIEWS for n in after) and \
+            any(n.op == "matmul" for n in after):
+        return NoMatch("its tokens are only projected: keys and values of fewer positions")
     return Match(kind="patch_embedding", core=(node,), nodes=ordered(tokens), confidence=0.95,
                  annotations={"kernel": weight[2], "stride": stride},
                  reason="patches of pixels become a sequence of tokens")
@@ -31,6 +35,8 @@ def conv_stride(node: ViewNode) -> int:
 
 
 def match_pooling(view: GraphView, node: ViewNode) -> Outcome:
+    if node.op == "tanh":
+        return _first_token(view, node)
     if node.op in ("max_pool", "avg_pool"):
         items = tuple(u for u in node.users if u.op == "item" and u.args[1] == 0)
         return Match(kind="pooling", core=(node, *items), confidence=0.97, reason=f"the op {node.target}",
@@ -52,6 +58,19 @@ def match_pooling(view: GraphView, node: ViewNode) -> Outcome:
                  reason="a mean over positions")
 
 
+def _first_token(view: GraphView, node: ViewNode) -> Outcome:
+    """tanh of a linear layer over one token of the sequence, as BERT pools."""
+    linear = view.through_views(node.inputs[0]) if node.inputs else node
+    pair = operands(linear) if is_linear(linear) else None
+    if pair is None:
+        return NoMatch("not the tanh of a linear layer")
+    token = view.through(pair[0], PURE_VIEWS)
+    if token.op not in ("select", "slice") or not token.inputs or token.inputs[0].rank != 3:
+        return NoMatch("the linear layer reads the whole sequence")
+    return Match(kind="pooling", core=(linear, node), nodes=(token,), confidence=0.94,
+                 annotations={"variant": "first_token"}, reason="tanh of a linear layer over one token")
+
+
 def _dims(node: ViewNode) -> tuple[int, ...]:
     value = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
     values = value if isinstance(value, tuple) else (value,)
@@ -61,4 +80,4 @@ def _dims(node: ViewNode) -> tuple[int, ...]:
 PATCH_EMBEDDING = Pattern(name="patch_embedding", matcher=match_patch_embedding, kinds=("patch_embedding",),
                           priority=35, anchors=("conv",))
 POOLING = Pattern(name="pooling", matcher=match_pooling, kinds=("pooling",), priority=20,
-                  anchors=("max_pool", "avg_pool", "mean"))
+                  anchors=("max_pool", "avg_pool", "mean", "tanh"))
