@@ -33,7 +33,7 @@ _STATE_SPACE = re.compile(r"(MambaMixer|Mamba2Mixer|RgLru|RecurrentBlock|S4|S6)"
 _POSITIONS = re.compile(r"(Rotary|Position|Sinusoid|Sine|RelativeP)")
 _PATCHES = re.compile(r"(PatchEmbed|PatchEmbeddings|Patches|OverlapPatchEmbeddings)")
 _HEADS = re.compile(r"(^|\.)(lm_head|classifier|score|proj_out|embed_out|output_projection|predictions\.decoder|vocab_projector|"
-                    r"generator_lm_head|decoder)(\.decoder|\.\d+|\.out_proj|\.dense)?$")
+                    r"generator_lm_head|decoder)(\.decoder|\.\d+|\.out_proj)?$|(^|\.)classifier\.dense$")
 _FF_FIRST = {"fc1", "lin1", "linear1", "pwconv1", "ffn"}
 _FF_LEAF = re.compile(r"^(fc1|fc2|lin1|lin2|linear1|linear2|ff|ffn|ffn_output|activation|activation_fn|pwconv1|pwconv2|act)$")
 
@@ -96,7 +96,7 @@ def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[
         names = set(children.get(where, ()))
         gated = names & {"gate_proj", "gate_up_proj", "wi_0", "Wi", "gate", "w3"}
         return ("gated_mlp" if gated else "mlp"), where
-    if what.startswith("ConvNext"):      # its "patch embedding" stays an image: the stem of a convolutional stage
+    if what == "ConvNextEmbeddings":      # stays an image: the stem of a stage
         return None
     if _PATCHES.search(what) or (what.startswith("Conv") and re.search(r"patch", leaf)):
         return "patch_embedding", where

@@ -1,0 +1,119 @@
+"""Which inputs are text, images, sound or tables, and how far each reaches.
+
+An input is what its first consumers make of it: ids read an embedding, an image goes into a convolution over space,
+sound into one over time. Names count only where structure says nothing.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from genie_dynamo.passes.semantics.engine import Found
+from genie_dynamo.passes.semantics.ops import ELEMENTWISE, VIEWS
+from genie_dynamo.passes.semantics.view import GraphView, ViewNode
+
+MODALITIES = ("text", "vision", "audio", "tabular", "other")
+_BIT = {name: 1 << index for index, name in enumerate(MODALITIES)}
+_FIRST = ELEMENTWISE | VIEWS | {"cat", "stack", "batch_norm", "layer_norm", "item", "as_strided", "unfold", "stft"}
+_LOOKUPS = frozenset({"embedding", "embedding_bag"})
+_MIXING = frozenset({"attention", "state_space", "recurrent"})
+_HINTS = (("vision", ("pixel", "image", "vision", "frames")), ("audio", ("audio", "speech", "wave", "mel")),
+          ("text", ("input_ids", "inputs_embeds", "token", "text")))
+
+
+def classify_inputs(view: GraphView, found: Sequence[Found]) -> dict[ViewNode, tuple[str, str]]:
+    """(modality, why) of each input that carries one."""
+    mixed = 0
+    for region in found:
+        if region.match.kind in _MIXING:
+            mixed |= region.match.core[0].taint
+    return {node: guess for node in view.data_inputs if (guess := _classify(view, node, mixed)) is not None}
+
+
+def _classify(view: GraphView, node: ViewNode, mixed: int) -> tuple[str, str] | None:
+    reached = list(view.forward(node, _FIRST, 160))
+    if node.is_int:
+        if any(n.op == "embedding_bag" for n in reached):
+            return "tabular", "ids of a sparse bag"
+        reads = [n for n in reached if n.op == "embedding" and not _is_position(view, n)]
+        if not reads:
+            return None
+        if mixed & node.taint and node.rank >= 2:
+            return "text", "ids of an embedding that a sequence is made of"
+        return "tabular", "ids of an embedding, and no sequence is mixed"
+    if not node.is_float:
+        return None
+    return _classify_values(node, reached)
+
+
+def _is_position(view: GraphView, node: ViewNode) -> bool:
+    """A lookup that something already called positional, or a table of few rows (segments)."""
+    table = next((n for n in node.inputs if n.is_float), None)
+    return table is not None and table.hint is not None and table.hint[0] <= 4
+
+
+def _classify_values(node: ViewNode, reached: Sequence[ViewNode]) -> tuple[str, str] | None:
+    convolution = next((n for n in sorted(reached, key=lambda n: n.index) if n.op == "conv"), None)
+    if convolution is not None:
+        if convolution.rank >= 4 and node.rank >= 4:
+            return "vision", "values of an image go into a convolution over space"
+        return "audio", "values over time go into a convolution"
+    if any(n.op == "attention" for n in reached) and node.rank == 4:
+        return None            # a cache
+    source = node.source.lower()
+    for modality, words in _HINTS:
+        if any(word in source for word in words):
+            return modality, f"named {node.source}"
+    linear = any(n.op == "matmul" for n in reached)
+    if linear and node.rank <= 2:
+        return "tabular", "a row of values goes into a linear layer"
+    if node.rank == 3 and (linear or any(n.op == "cat" for n in reached)):
+        return "other", "a sequence of vectors made elsewhere"
+    return None
+
+
+def flow(view: GraphView, inputs: Mapping[ViewNode, tuple[str, str]], found: Iterable[Found]) -> list[int]:
+    """For each node, the bits of the modalities whose values it holds.
+
+    What only steers (masks, indices) does not count, and cross-attention passes on the modality of its queries.
+    """
+    steered: dict[int, frozenset[ViewNode]] = {}
+    for region in found:
+        match = region.match
+        if match.kind == "attention" and match.annotations.get("variant") == "cross":
+            _steer(region, steered)
+    masks = [0] * len(view.nodes)
+    position = {node: index for index, node in enumerate(view.nodes)}
+    for index, node in enumerate(view.nodes):
+        if node in inputs:
+            masks[index] = _BIT[inputs[node][0]]
+            continue
+        skipped = steered.get(node.index, frozenset())
+        for producer in node.inputs:
+            if producer in skipped or (node.is_float and not producer.is_float and producer.shape is not None
+                                       and node.op not in _LOOKUPS and producer.op != "item"):
+                continue
+            masks[index] |= masks[position[producer]]
+    return masks
+
+
+def _steer(region: Found, steered: dict[int, frozenset[ViewNode]]) -> None:
+    core = set(region.match.core)
+    query = region.match.core[0].inputs[0] if region.match.core[0].op == "attention" else None
+    for node in core:
+        outside = [p for p in node.inputs if p not in core]
+        if query is not None:
+            steered[node.index] = frozenset(p for p in outside if p is not query)
+        elif node.op == "matmul" and len(outside) == 2:
+            steered[node.index] = frozenset(outside[1:])
+        else:
+            steered[node.index] = frozenset(outside)
+
+
+def names_of(mask: int) -> tuple[str, ...]:
+    return tuple(name for name in MODALITIES if mask & _BIT[name])
+
+
+def label(mask: int) -> str:
+    """One word for a region: a modality, "multimodal", or ""."""
+    names = names_of(mask)
+    return "" if not names else names[0] if len(names) == 1 else "multimodal"

@@ -1,0 +1,52 @@
+"""Phase and workload, from regions and modalities."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from genie_dynamo.core.semantics import Dim, PhaseRule
+from genie_dynamo.passes.semantics.engine import Found
+
+_SEQUENCE = ("attention", "state_space", "recurrent")
+
+
+def find_phase_rule(found: Sequence[Found]) -> PhaseRule | None:
+    """How a call's phase follows from its sizes: from the caches that the graph fills; None where it fills none."""
+    kept = [f.match.annotations for f in found
+            if f.match.kind == "kv_cache" and f.match.annotations["operation"] in ("append", "write")]
+    if kept:
+        caches = Counter((c["query_length"], c["past_length"], c["storage"] == "static") for c in kept)
+        (query, past, static), _ = caches.most_common(1)[0]
+        return PhaseRule(query_length=_dim(query), past_length=_dim(past), static_cache=static)
+    return None
+
+
+def _dim(value: object) -> Dim:
+    return value if isinstance(value, int | str) else 0
+
+
+def find_workload(found: Sequence[Found], modalities: Sequence[str], variants: Sequence[str],
+                  kinds: Sequence[str]) -> tuple[str, float, str]:
+    """(workload, confidence, why)."""
+    have = Counter(f.match.kind for f in found) + Counter(kinds)
+    real = [m for m in modalities if m != "other"]
+    sequences = [kind for kind in _SEQUENCE if have[kind]]
+    if "text" in real and ("vision" in real):
+        return "multimodal", 0.95, "text and images in one graph"
+    if "audio" in real:
+        return "audio", 0.9, "sound goes in"
+    if "other" in modalities and real and have["attention"]:
+        return "multimodal", 0.6, f"{real[0]}, and vectors of an unknown kind in one sequence"
+    if "vision" in real:
+        return "vision", 0.95, "images go in"
+    if real == ["tabular"]:
+        if have["embedding"]:
+            sure = 0.95 if "feature_interaction" in variants or have["embedding"] >= 2 else 0.8
+            return "recsys", sure, f"{have['embedding']} lookups in tables against dense layers, and no sequence"
+        return "unknown", 0.5, "rows of values and dense layers alone"
+    if "text" in real and sequences:
+        sure = 0.95 if have["attention"] or have["state_space"] else 0.8
+        return "llm", sure, f"tokens, and {' and '.join(sequences)} over them"
+    if have["kv_cache"]:
+        return "llm", 0.8, "a cache of keys and values is kept"
+    return "unknown", 0.3, "no known kind of input reaches a known kind of region"
