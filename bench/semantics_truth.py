@@ -25,17 +25,18 @@ Key = tuple[str, str]       # (kind, instance)
 _ROTATES = re.compile(r"apply_(multimodal_)?rotary|rotate_half|_apply_rotary_emb|apply_rotary")
 _ADDS_POSITIONS = re.compile(r"= .*\+ .*(pos_embed|position_embedding|embed_pos|positional|pos_encoding)")
 _MEAN = re.compile(r"mean\(.*dim=|\.mean\(|mean\(\[-2")
-_NORM = re.compile(r"(LayerNorm|RMSNorm|RMSNormGated|BatchNorm\dd|GroupNorm|FrozenBatchNorm2d|BatchNorm|LayerNorm2d|NormLayer)$")
+_NORM = re.compile(r"(LayerNorm|RMSNorm|RMSNormGated|BatchNorm\dd|GroupNorm|FrozenBatchNorm2d|BatchNorm|LayerNorm2d)$")
 _ATTENTION = re.compile(r"Attention(?!Pooling)|MultiheadAttention|SelfAttention|CrossAttention|SelfAttn")
 _MLP = re.compile(r"(MLP|Mlp|FFN|FeedForward|DenseReluDense|DenseActDense|DenseGatedActDense|MixFFN|Projector)$")
 _RECURRENT = re.compile(r"^(LSTM|GRU|RNN|LSTMCell|GRUCell|RNNCell)$")
 _STATE_SPACE = re.compile(r"(MambaMixer|Mamba2Mixer|RgLru|RecurrentBlock|S4|S6)")
 _POSITIONS = re.compile(r"(Rotary|Position|Sinusoid|Sine|RelativeP)")
 _PATCHES = re.compile(r"(PatchEmbed|PatchEmbeddings|Patches|OverlapPatchEmbeddings)")
-_HEADS = re.compile(r"(^|\.)(lm_head|classifier|score|proj_out|embed_out|output_projection|predictions\.decoder|vocab_projector|"
-                    r"generator_lm_head|decoder)(\.decoder|\.\d+|\.out_proj)?$|(^|\.)classifier\.dense$")
+_HEADS = re.compile(r"(^|\.)(lm_head|classifier|score|proj_out|embed_out|output_projection|predictions\.decoder|"
+                    r"vocab_projector|generator_lm_head|decoder)(\.decoder|\.\d+|\.out_proj)?$|(^|\.)classifier\.dense$")
 _FF_FIRST = {"fc1", "lin1", "linear1", "pwconv1", "ffn"}
-_FF_LEAF = re.compile(r"^(fc1|fc2|lin1|lin2|linear1|linear2|ff|ffn|ffn_output|activation|activation_fn|pwconv1|pwconv2|act)$")
+_FF_LEAF = re.compile(r"^(fc1|fc2|lin1|lin2|linear1|linear2|ff|ffn|ffn_output|activation|activation_fn|pwconv1|pwconv2|"
+                      r"act)$")
 
 
 def truth_of(node: TruthNode, children: Mapping[str, Sequence[str]]) -> Key | None:
@@ -83,6 +84,12 @@ def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[
                  node: TruthNode) -> Key | None:
     if what.endswith(("TopKRouter", "Router", "TopKGate")):
         return "moe_router", where
+    if what == "Neck":
+        return "conv_stage", f"neck:{where}"
+    if what == "DetectionHead":
+        return "conv_stage", f"head:{where}"
+    if re.search(r"(ConvStage|ResNetStage|ResNetEmbeddings|ConvNextStage|ConvNextEmbeddings)$", what):
+        return "conv_stage", where
     if what.endswith("Experts"):
         return "moe_experts", where
     if _STATE_SPACE.search(what):
@@ -96,8 +103,6 @@ def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[
         names = set(children.get(where, ()))
         gated = names & {"gate_proj", "gate_up_proj", "wi_0", "Wi", "gate", "w3"}
         return ("gated_mlp" if gated else "mlp"), where
-    if what == "ConvNextEmbeddings":      # stays an image: the stem of a stage
-        return None
     if _PATCHES.search(what) or (what.startswith("Conv") and re.search(r"patch", leaf)):
         return "patch_embedding", where
     if what.endswith(("Intermediate", "Output")) and not what.endswith(("SelfOutput", "AttentionOutput")):

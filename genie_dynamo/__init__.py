@@ -18,6 +18,14 @@ _WHERE = {
     "reset_stats": "genie_dynamo.sessions",
     "invalidate": "genie_dynamo.sessions",
     "set_log_level": "genie_dynamo.sessions",
+    "analyze": "genie_dynamo.analysis",
+    "SemanticGraph": "genie_dynamo.core.semantics",
+    "Region": "genie_dynamo.core.semantics",
+    "PhaseRule": "genie_dynamo.core.semantics",
+    "Pattern": "genie_dynamo.passes.semantics.pattern",
+    "Match": "genie_dynamo.passes.semantics.pattern",
+    "NoMatch": "genie_dynamo.passes.semantics.pattern",
+    "register_pattern": "genie_dynamo.passes.semantics.registry",
     "Session": "genie_dynamo.runtime.client.session",
     "Config": "genie_dynamo.core.config",
 }
@@ -32,9 +40,17 @@ _WHERE |= dict.fromkeys(_ERRORS, "genie_dynamo.core.errors")
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
+    from genie_dynamo.analysis import analyze as analyze
     from genie_dynamo.compiling import compile as compile
     from genie_dynamo.core.config import Config as Config
     from genie_dynamo.core.errors import *  # noqa: F403
+    from genie_dynamo.core.semantics import PhaseRule as PhaseRule
+    from genie_dynamo.core.semantics import Region as Region
+    from genie_dynamo.core.semantics import SemanticGraph as SemanticGraph
+    from genie_dynamo.passes.semantics.pattern import Match as Match
+    from genie_dynamo.passes.semantics.pattern import NoMatch as NoMatch
+    from genie_dynamo.passes.semantics.pattern import Pattern as Pattern
+    from genie_dynamo.passes.semantics.registry import register_pattern as register_pattern
     from genie_dynamo.runtime.client.session import Session as Session
     from genie_dynamo.sessions import get_stats as get_stats
     from genie_dynamo.sessions import init as init

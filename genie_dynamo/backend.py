@@ -28,6 +28,7 @@ from genie_dynamo.passes.facts import read_facts, read_guards
 from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
 from genie_dynamo.passes.pipeline import run_pipeline
 from genie_dynamo.passes.planning import Assign, plan_graph
+from genie_dynamo.passes.semantics.carry import carry_over
 from genie_dynamo.runtime.client.attempt import GraphInfo
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph, materialize
 
@@ -50,7 +51,11 @@ def genie(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> C
     guards = read_guards(gm)
 
     def compiler(kind: str) -> Callable[..., Any]:
-        return lambda graph, inputs: compile_aten(graph, kind, guards, config)
+        def compile_graph(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
+            carry_over(gm, graph, kind)
+            return compile_aten(graph, kind, guards, config)
+
+        return compile_graph
 
     # Donated buffers would forbid retain_graph=True, which eager allows.
     with torch._functorch.config.patch(donated_buffer=False):

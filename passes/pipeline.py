@@ -21,9 +21,11 @@ from torch import fx
 from genie_dynamo.core.errors import PlanError
 from genie_dynamo.passes.base import CaptureFacts, Match, NoMatch, Pass
 from genie_dynamo.passes.portable_sdpa import PortableSdpa
+from genie_dynamo.passes.semantics.carry import AnnotateSemantics
 
 PIPELINE: tuple[Pass, ...] = (
     PortableSdpa(),
+    AnnotateSemantics(),
 )
 
 

@@ -59,6 +59,35 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+# ---------------------------------------------------------------- patterns
+def add_patterns(parser: Parser, subparsers: Any) -> None:
+    command = parser.add_command(
+        subparsers, "patterns", example="genie patterns\ngenie patterns --json",
+        help="the patterns that read the meaning of a graph: built-in ones and those of installed packages")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=run_patterns)
+
+
+def run_patterns(arguments: argparse.Namespace) -> int:
+    from genie_dynamo.passes.semantics.registry import REGISTRY
+
+    statuses, broken = REGISTRY.statuses(), REGISTRY.broken_entry_points()
+    if arguments.json:
+        rows = [{"name": s.pattern.name, "version": s.pattern.version, "priority": s.pattern.priority,
+                 "kinds": s.pattern.kinds, "anchors": s.pattern.anchors, "origin": s.pattern.origin,
+                 "disabled": s.disabled} for s in statuses]
+        print(json.dumps({"patterns": rows, "broken_entry_points": broken}, indent=2))
+    else:
+        print(f"{'pattern':<20}{'version':<9}{'priority':>8}  {'origin':<14}makes")
+        for status in statuses:
+            pattern, note = status.pattern, f"  disabled: {status.disabled}" if status.disabled else ""
+            print(f"{pattern.name:<20}{pattern.version:<9}{pattern.priority:>8}  {pattern.origin:<14}"
+                  f"{', '.join(pattern.kinds)}{note}")
+        for name, reason in broken.items():
+            print(f"{name:<20}cannot be loaded: {reason}")
+    return 1 if broken else 0
+
+
 # ---------------------------------------------------------------- worker
 def add_worker(parser: Parser, subparsers: Any) -> None:
     command = parser.add_command(

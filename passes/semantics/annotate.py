@@ -136,9 +136,6 @@ def _phase(part: str, rule: PhaseRule | None, found: Sequence[Found], view: Grap
         return "optimizer"
     if rule is not None:
         return rule.phase(_sizes(view)) if rule.symbolic else rule.phase()
-    steps = [f.match.annotations.get("past") for f in found if f.match.kind == "state_space"]
-    if any(steps):
-        return "decode"
     return "forward"
 
 

@@ -34,7 +34,8 @@ def find_fusions(view: GraphView, found: Sequence[Found], masks: Sequence[int]) 
     """The points where values of different modalities, or the features of a table, meet."""
     fusions = [_cross(region, masks) for region in found if region.match.kind == "attention"]
     fusions += [_merge(node, masks) for op in sorted(_MERGES) for node in view.by_op.get(op, ())]
-    fusions += [_product(view, node, masks) for node in view.by_op.get("matmul", ())]
+    inside = {node for region in found if region.match.kind == "attention" for node in region.match.core}
+    fusions += [_product(view, node, masks) for node in view.by_op.get("matmul", ()) if node not in inside]
     fusions += [_factorised(view, node, masks) for node in view.by_op.get("sub", ())]
     return tuple(f for f in fusions if f is not None)
 

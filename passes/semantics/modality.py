@@ -98,7 +98,12 @@ def flow(view: GraphView, inputs: Mapping[ViewNode, tuple[str, str]], found: Ite
 
 def _steer(region: Found, steered: dict[int, frozenset[ViewNode]]) -> None:
     core = set(region.match.core)
-    query = region.match.core[0].inputs[0] if region.match.core[0].op == "attention" else None
+    fused = region.match.core[0].op != "matmul"
+    query = region.match.core[0].inputs[0] if fused else None
+    first = query if query is not None else next(
+        (p for node in region.match.core for p in node.inputs if p not in core), None)
+    if first is None or first.static:
+        return                     # learned queries have no modality of their own: the keys' is passed on
     for node in core:
         outside = [p for p in node.inputs if p not in core]
         if query is not None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from genie_dynamo.passes.semantics.view import Dim, GraphView, ViewNode
 
 _TUPLES = (tuple, list)
 _VIEWS_OF_VIEWS = 8
+_ROOT = re.compile(r"^L\.\w+\.?")
 _ALIASING = frozenset({"view", "transpose", "expand", "unsqueeze", "squeeze", "slice", "select", "getitem"})
 
 
@@ -149,9 +151,8 @@ def _module_of(node: fx.Node) -> tuple[str, str]:
 
 
 def clean_path(path: str) -> str:
-    """`L['self'].model.layers.0` -> `model.layers.0`."""
-    path = path.replace("L['self']", "").replace("L['fn']", "").replace("L['model']", "")
-    return path.replace("._modules['", ".").replace("']", "").strip(".")
+    """`L['self'].model.layers.0` and `L['target'].model.layers.0` -> `model.layers.0`."""
+    return _ROOT.sub("", path.replace("._modules['", ".").replace("']", "").replace("L['", "L.")).strip(".")
 
 
 def _source(node: fx.Node) -> str:

@@ -93,23 +93,46 @@ class _Groups:
 
 def _roles(view: GraphView, convolutions: list[ViewNode]) -> dict[int, str]:
     """Node index -> "neck" or "head"; what is not there is backbone."""
-    grown = [n for n in view.nodes if (n.op == "interpolate" or (n.op == "conv" and _transposed(n))) and not n.static]
+    grown = [n for n in view.nodes if not n.static and _grows(n)]
     merges = [m for g in grown for m in view.forward(g, PURE_VIEWS | {"item"}, 8)
               if m.op in ("add", "cat") and len(set(m.inputs)) >= 2]
     if not merges:
         return {}
-    below = _reach(merges, down=True)
     above = _reach(merges, down=False)
+    laterals = [n for end in dict.fromkeys([*merges, *grown]) for n in _sources(view, end)
+                if not any(_shrinks(view.nodes[i]) for i in _reach([n], down=True))]
+    below = _reach([*merges, *laterals], down=True) | {n.index for n in grown}
+    meeting = {n.index for n in (*merges, *grown, *laterals)}
     roles: dict[int, str] = {}
-    for node in view.nodes:
-        if node.index in below:
-            smoothing = node.index in above or node in merges or _convolutions_since(node, below, above) <= 1
-            roles[node.index] = "neck" if smoothing else "head"
-    for node in reversed(view.nodes):
-        if node.kind == "call" and node.index not in roles and node.users and (
-                node in grown or all(roles.get(u.index) == "neck" for u in node.users)):
-            roles[node.index] = "neck"
+    for index in sorted(below):
+        node = view.nodes[index]
+        near = index in above or index in meeting or _convolutions_since(node, below, above | meeting) <= 1
+        roles[index] = "neck" if near else "head"
     return roles
+
+
+def _sources(view: GraphView, end: ViewNode) -> list[ViewNode]:
+    """The convolutions whose results go into a meeting as they are."""
+    return [n for n in view.backward(end, PURE_VIEWS | {"batch_norm", "item", "relu", "silu"}, 12)
+            if n.op == "conv" and not n.static]
+
+
+def _grows(node: ViewNode) -> bool:
+    """Upsampling: its own op, a transposed convolution, or an index that repeats rows and columns."""
+    if node.op == "interpolate" or (node.op == "conv" and _transposed(node)):
+        return True
+    if node.op not in ("index", "select", "repeat") or not node.inputs or node.rank != 4:
+        return False
+    before, after = node.inputs[0].hint, node.hint
+    return before is not None and after is not None and len(before) == 4 and all(
+        b < a for b, a in zip(before[2:], after[2:], strict=True)) and before[:2] == after[:2]
+
+
+def _shrinks(node: ViewNode) -> bool:
+    if node.op not in ("conv", "max_pool", "avg_pool") or node.hint is None or not node.inputs:
+        return False
+    before = node.inputs[0].hint
+    return before is not None and len(before) == len(node.hint) and node.hint[-1] < before[-1]
 
 
 def _transposed(node: ViewNode) -> bool:

@@ -18,6 +18,11 @@ def find_phase_rule(found: Sequence[Found]) -> PhaseRule | None:
         caches = Counter((c["query_length"], c["past_length"], c["storage"] == "static") for c in kept)
         (query, past, static), _ = caches.most_common(1)[0]
         return PhaseRule(query_length=_dim(query), past_length=_dim(past), static_cache=static)
+    states = [f.match.annotations for f in found if f.match.kind == "state_space" and
+              (f.match.annotations["kept"] or f.match.annotations["past"])]
+    if states:
+        # A state has one size, like a static cache; one that this call makes anew holds no earlier tokens.
+        return PhaseRule(query_length=_dim(states[0].get("query_length", 1)), static_cache=bool(states[0]["past"]))
     return None
 
 

@@ -8,6 +8,7 @@ what is analysed may leave them out. Nothing is computed by the first two.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import linecache
 import operator
 import sys
@@ -65,7 +66,7 @@ def compiled_captures(fn: Callable[..., Any], inputs: Mapping[str, Any], *, trai
 
     torch._dynamo.reset()
     try:
-        with contextlib.nullcontext() if training else torch.no_grad():
+        with contextlib.nullcontext() if training else torch.no_grad(), torch._dynamo.config.patch(allow_rnn=True):
             out = torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=fullgraph)(**inputs)
             if training:
                 leaves = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -203,7 +204,7 @@ def frames_of(node: fx.Node) -> tuple[tuple[str, str], ...]:
     if "frames" in node.meta:
         return tuple(node.meta["frames"])
     lines = (node.meta.get("stack_trace") or "").splitlines()
-    pairs = zip(lines, lines[1:], strict=False)
+    pairs = itertools.pairwise(lines)
     return tuple((line.rsplit(" in ", 1)[1], code.strip()) for line, code in pairs if line.startswith("  File "))
 
 

@@ -118,8 +118,8 @@ def match_attention(view: GraphView, node: ViewNode) -> Outcome:
     q, k, v = (projection(view, operand) for operand in (core.query, core.key, core.value))
     if node.op == "multi_head_attention_forward":
         variant = "self" if core.query is core.key else "cross"
-        return Match(kind="attention", core=core.nodes, confidence=0.97, annotations={"variant": variant, "fused": True},
-                     reason="one op with its projections")
+        return Match(kind="attention", core=core.nodes, confidence=0.97, reason="one op with its projections",
+                     annotations={"variant": variant, "fused": True})
     after = next_linear(view, core.out, VIEWS)
     variant, why = _variant(view, core, q, k)
     annotations: dict[str, Scalar] = {"variant": variant, "fused": core.fused}

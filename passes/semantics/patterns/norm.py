@@ -31,7 +31,8 @@ def _chain(view: GraphView, node: ViewNode) -> Outcome:
         return NoMatch("nothing is scaled by the root")
     first = _first(statistic)
     middle = [n for n in above if n.index > statistic.index and n.kind == "call"]
-    after, current = [], scale
+    after: list[ViewNode] = []
+    current = scale
     while len(after) < 4:
         following = [u for u in current.users if u.op in ("mul", "add", "cast") and
                      all(p is current or p.static for p in u.inputs)]
