@@ -88,7 +88,7 @@ def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[
         return "conv_stage", f"neck:{where}"
     if what == "DetectionHead":
         return "conv_stage", f"head:{where}"
-    if re.search(r"(ConvStage|ResNetStage|ResNetEmbeddings|ConvNextStage|ConvNextEmbeddings)$", what):
+    if re.search(r"(ConvStage|ResNetStage|ResNetEmbeddings)$", what):
         return "conv_stage", where
     if what.endswith("Experts"):
         return "moe_experts", where
@@ -103,6 +103,10 @@ def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[
         names = set(children.get(where, ()))
         gated = names & {"gate_proj", "gate_up_proj", "wi_0", "Wi", "gate", "w3"}
         return ("gated_mlp" if gated else "mlp"), where
+    if what.endswith("PositionalConvEmbedding"):
+        return "positional", where
+    if what == "ConvNextEmbeddings":     # patches that stay an image: either reading is right
+        return None
     if _PATCHES.search(what) or (what.startswith("Conv") and re.search(r"patch", leaf)):
         return "patch_embedding", where
     if what.endswith(("Intermediate", "Output")) and not what.endswith(("SelfOutput", "AttentionOutput")):

@@ -79,7 +79,8 @@ class Annotator:
     def _regions(self, view: GraphView, found: Sequence[Found], masks: Sequence[int],
                  phase: str) -> tuple[tuple[Region, ...], tuple[Container, ...]]:
         leaves = [self._leaf(view, f, masks, phase) for f in found]
-        taken = [n for f in found if f.match.kind in ("patch_embedding", "state_space", "attention", "mlp")
+        taken = [n for f in found if f.match.kind in (
+            "patch_embedding", "state_space", "attention", "mlp", "positional")
                  for n in f.nodes if n.op == "conv"]
         stages = [Container(kind="conv_stage", variant=stage.role, nodes=stage.nodes, confidence=0.9,
                             reason=f"convolutions over {stage.dims} dims at {'x'.join(map(str, stage.size))}")

@@ -13,7 +13,8 @@ _SEQUENCE = ("attention", "state_space", "recurrent")
 def find_phase_rule(found: Sequence[Found]) -> PhaseRule | None:
     """How a call's phase follows from its sizes: from the caches that the graph fills; None where it fills none."""
     kept = [f.match.annotations for f in found
-            if f.match.kind == "kv_cache" and f.match.annotations["operation"] in ("append", "write")]
+            if f.match.kind == "kv_cache" and f.match.annotations["operation"] in ("append", "write")
+            and f.match.annotations["kept"]]
     if kept:
         caches = Counter((c["query_length"], c["past_length"], c["storage"] == "static") for c in kept)
         (query, past, static), _ = caches.most_common(1)[0]

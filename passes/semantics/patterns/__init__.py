@@ -10,10 +10,16 @@ from genie_dynamo.passes.semantics.patterns.loss import LOSS, OPTIMIZER
 from genie_dynamo.passes.semantics.patterns.mlp import MLP
 from genie_dynamo.passes.semantics.patterns.moe import EXPERTS, ROUTER
 from genie_dynamo.passes.semantics.patterns.norm import NORM
-from genie_dynamo.passes.semantics.patterns.rotary import ANGLES, LEARNED_POSITIONS, ROTARY
+from genie_dynamo.passes.semantics.patterns.rotary import (
+    ANGLES,
+    CONVOLVED_POSITIONS,
+    LEARNED_POSITIONS,
+    ROTARY,
+)
 from genie_dynamo.passes.semantics.patterns.sequence import RECURRENT, STATE_SPACE
 from genie_dynamo.passes.semantics.patterns.vision import PATCH_EMBEDDING, POOLING
 
 BUILT_IN: tuple[Pattern, ...] = (
-    ATTENTION, KV_CACHE, MLP, ROUTER, EXPERTS, EMBEDDING, NORM, ROTARY, ANGLES, LEARNED_POSITIONS, LOGITS_HEAD,
+    ATTENTION, KV_CACHE, MLP, ROUTER, EXPERTS, EMBEDDING, NORM, ROTARY, ANGLES, LEARNED_POSITIONS, CONVOLVED_POSITIONS,
+    LOGITS_HEAD,
     PATCH_EMBEDDING, POOLING, STATE_SPACE, RECURRENT, LOSS, OPTIMIZER)

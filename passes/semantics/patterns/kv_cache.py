@@ -41,15 +41,22 @@ def match_kv_cache(view: GraphView, node: ViewNode) -> Outcome:
     query_length = core.query.shape[-2] if core.query.shape is not None and core.query.rank >= 2 else 0
     annotations: dict[str, Scalar] = {
         "operation": key.operation, "storage": "static" if key.operation == "write" else "dynamic",
-        "past_length": key.past_length, "query_length": query_length}
+        "past_length": key.past_length, "query_length": query_length, "kept": _kept(view, key)}
     sure = 0.95 if key.old.kind == "input" or key.operation == "write" else 0.9
     return Match(kind="kv_cache", core=nodes, confidence=sure, annotations=annotations,
                  reason=f"{key.operation}: attention reads keys and values that outlive the call")
 
 
+def _kept(view: GraphView, use: _Use) -> bool:
+    """Whether what the call adds outlives it: it is written into an input, or leaves the graph."""
+    if use.operation == "read" or (use.operation == "write" and use.old.kind == "input"):
+        return True
+    return any(n.op in ("output", "copy") for n in view.forward(use.nodes[0], VIEWS, 32))
+
+
 def _use(view: GraphView, operand: ViewNode) -> _Use | NoMatch:
     node, limit, steps = operand, 16, []
-    while limit and node.op in VIEWS and node.inputs:
+    while limit and node.inputs and (node.op in VIEWS or (node.op in ("mul", "div") and len(node.inputs) == 1)):
         steps.append(node)
         node, limit = node.inputs[0], limit - 1
     if node.op == "cat":

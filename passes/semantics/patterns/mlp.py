@@ -5,13 +5,14 @@
 """
 from __future__ import annotations
 
-from genie_dynamo.passes.semantics.ops import VIEWS
+from genie_dynamo.passes.semantics.ops import ACTIVATIONS, VIEWS
 from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern, ordered
 from genie_dynamo.passes.semantics.patterns.search import FLOW, crossing, linear_source, next_linear
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode, is_linear, operands
 
 _UP = FLOW | {"conv"}
 _LIMIT = 28
+_TOWER_LIMIT = 16
 
 
 def match_mlp(view: GraphView, node: ViewNode) -> Outcome:
@@ -29,13 +30,17 @@ def match_mlp(view: GraphView, node: ViewNode) -> Outcome:
     ups, inner = known
     if node not in inner:
         return NoMatch("the activation is beside the path between the linear layers")
+    if _above_is_activated(view, ups[0]):
+        return NoMatch("it continues a tower that starts further up")
     earlier = [n for n in inner if n.op == node.op and n.index < node.index]
     if node.op == "conv" or earlier:
         return NoMatch("another activation of the same layers is the anchor")
     gated = _gated(ups, inner)
-    calls = [n for n in inner if n.op not in VIEWS]
+    tower = [] if gated else _tower(view, down)
+    calls = [n for n in (*inner, *tower) if n.op not in VIEWS]
     return Match(
-        kind="gated_mlp" if gated else "mlp", core=ordered(calls), nodes=ordered([*ups, *inner, *_around(ups), down]),
+        kind="gated_mlp" if gated else "mlp", core=ordered(n for n in calls if not is_linear(n)),
+        nodes=ordered([*ups, *inner, *_around(ups), down, *tower]),
         confidence=0.9, annotations={"activation": node.op},
         reason="two branches of one input are multiplied between linear layers" if gated
         else "linear, activation, linear")
@@ -66,6 +71,32 @@ def _above(view: GraphView, down: ViewNode) -> tuple[tuple[ViewNode, ...], froze
         return NoMatch("the branches between the linear layers read different values: a recurrence or a merge")
     inner = crossing(view, ups, pair[0], _UP) - set(ups)
     return ordered(ups), frozenset(inner)
+
+
+def _above_is_activated(view: GraphView, linear: ViewNode) -> bool:
+    """Whether a linear layer reads the activation of another one."""
+    node, activated = linear_source(view, linear), False
+    for _ in range(12):
+        if is_linear(node):
+            return activated
+        if node.op not in _UP or not node.inputs or node.static:
+            return False
+        activated |= node.op in ACTIVATIONS
+        node = next((p for p in node.inputs if not p.static), node.inputs[0])
+    return False
+
+
+def _tower(view: GraphView, down: ViewNode) -> list[ViewNode]:
+    """Further activations and linear layers below, while each is all that reads the one before."""
+    found: list[ViewNode] = []
+    for _ in range(_TOWER_LIMIT):
+        path = next_linear(view, down, _UP, _LIMIT)
+        if not path or not any(n.op in ACTIVATIONS for n in path) or any(
+                n.op == "add" and sum(not p.static for p in n.inputs) > 1 for n in path):
+            break
+        found += path
+        down = path[-1]
+    return found
 
 
 def _depthwise(node: ViewNode) -> bool:

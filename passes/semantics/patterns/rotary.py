@@ -12,6 +12,7 @@ from genie_dynamo.passes.semantics.patterns.search import numel
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode
 
 _ANGLES = ELEMENTWISE | VIEWS | {"cat", "matmul", "floor_divide", "arange"}
+_ACTIVATED = VIEWS | {"gelu", "relu", "silu"}
 _SLICES = PURE_VIEWS | {"slice", "select", "cos", "sin"}
 _HALVES = frozenset({"slice", "item", "chunk", "select", "view"})
 
@@ -117,6 +118,25 @@ def match_learned(view: GraphView, node: ViewNode) -> Outcome:
                  annotations={"variant": "learned"})
 
 
+def match_convolved(view: GraphView, node: ViewNode) -> Outcome:
+    """x + act(grouped convolution over time of x): positions by neighbourhood."""
+    if node.rank != 3 or len(node.inputs) < 2 or node.static:
+        return NoMatch("not a convolution over time")
+    channels = node.hint[1] if node.hint else 0
+    if node.inputs[1].hint is None or node.inputs[1].hint[1] >= channels:
+        return NoMatch("not grouped: it mixes all channels")
+    source = view.through_views(node.inputs[0])
+    path = list(view.forward(node, _ACTIVATED, 16))
+    total = next((n for n in path if n.op == "add" and any(view.through_views(p) is source for p in n.inputs)), None)
+    if total is None:
+        return NoMatch("its result is not added to its input")
+    inner = [n for n in path if n.op in _ACTIVATED and n.index < total.index]
+    return Match(kind="positional", core=(node, total), nodes=ordered(inner), confidence=0.88,
+                 annotations={"variant": "convolutional"}, reason="a grouped convolution over time is added to its input")
+
+
+CONVOLVED_POSITIONS = Pattern(name="convolved_positions", matcher=match_convolved, kinds=("positional",), priority=20,
+                              anchors=("conv",))
 ROTARY = Pattern(name="rotary", matcher=match_rotary, kinds=("positional",), priority=45,
                  anchors=("neg", "cat", "view_as_complex"))
 ANGLES = Pattern(name="position_table", matcher=match_angles, kinds=("positional",), priority=25, anchors=("cos",))

@@ -27,13 +27,24 @@ def match_state_space(view: GraphView, node: ViewNode) -> Outcome:
     block, source = _block(view, node, out)
     past = any(n.kind == "input" and n.op == "input" and n.is_float and n.rank >= 2 and n is not source
                for b in block for n in b.inputs)
-    kept = any(user.op in ("output", "copy") for b in block if b is not out for user in b.users)
+    kept = any(_leaves(user) for b in block if b is not out for user in b.users if user not in block)
     annotations: dict[str, Scalar] = {"variant": decay, "past": past, "kept": kept}
     if source.shape is not None and source.rank >= 3:
         annotations["query_length"] = source.shape[-2]
     return Match(kind="state_space", core=ordered([node, *(n for n in block if n.op in _OWN)]),
                  nodes=ordered(block), confidence=0.94, annotations=annotations,
                  reason="a state decays by an exponential that the input controls")
+
+
+def _leaves(node: ViewNode) -> bool:
+    """Whether a value is kept for later calls: it leaves the graph, or is copied into what does."""
+    for _ in range(6):
+        if node.op in ("output", "copy"):
+            return True
+        if node.op not in VIEWS or len(node.users) != 1:
+            return any(user.op in ("output", "copy") for user in node.users) and node.op in VIEWS
+        node = node.users[0]
+    return False
 
 
 def _decay(view: GraphView, node: ViewNode) -> str | NoMatch:
