@@ -105,8 +105,8 @@ def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[
         return ("gated_mlp" if gated else "mlp"), where
     if what.endswith("PositionalConvEmbedding"):
         return "positional", where
-    if what == "ConvNextEmbeddings":     # patches that stay an image: either reading is right
-        return None
+    if any(name == "ConvNextEmbeddings" for _, name in node.modules):
+        return None                      # patches that stay an image: either reading is right
     if _PATCHES.search(what) or (what.startswith("Conv") and re.search(r"patch", leaf)):
         return "patch_embedding", where
     if what.endswith(("Intermediate", "Output")) and not what.endswith(("SelfOutput", "AttentionOutput")):

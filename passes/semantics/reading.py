@@ -162,12 +162,11 @@ def _source(node: fx.Node) -> str:
 
 
 def _dynamo_role(node: fx.Node) -> str:
-    grapharg = node.meta.get("grapharg")
-    example = getattr(grapharg, "example", None)
-    if isinstance(example, torch.nn.Parameter) or isinstance(node.meta.get("val"), torch.nn.Parameter):
+    """From the fake value and the source alone: the real tensor may be gone."""
+    if isinstance(_value(node), torch.nn.Parameter):
         return "parameter"
-    source = str(getattr(getattr(grapharg, "source", None), "name", ""))
-    return "buffer" if "._buffers[" in source else "input"
+    source = str(getattr(getattr(node.meta.get("grapharg"), "source", None), "name", ""))
+    return "parameter" if "._parameters[" in source else "buffer" if "._buffers[" in source else "input"
 
 
 def _constant(gm: fx.GraphModule, target: str) -> tuple[str, torch.Tensor | None]:

@@ -153,3 +153,12 @@ def test_keygen_writes_four_files_and_never_overwrites(tmp_path: Path, capsys: p
     assert main(["keygen", str(folder)]) == 1
     assert "exists" in capsys.readouterr().err
     assert [path.read_bytes() for path in files] == before
+
+
+def test_patterns_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["patterns"]) == 0
+    assert "attention" in capsys.readouterr().out
+    assert main(["patterns", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["patterns"]
+    assert {"name", "version", "priority", "kinds", "anchors", "origin", "disabled"} == set(rows[0])
+    assert all(row["origin"] == "built-in" for row in rows)

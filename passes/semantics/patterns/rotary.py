@@ -132,7 +132,7 @@ def match_convolved(view: GraphView, node: ViewNode) -> Outcome:
         return NoMatch("its result is not added to its input")
     inner = [n for n in path if n.op in _ACTIVATED and n.index < total.index]
     return Match(kind="positional", core=(node, total), nodes=ordered(inner), confidence=0.88,
-                 annotations={"variant": "convolutional"}, reason="a grouped convolution over time is added to its input")
+                 annotations={"variant": "convolutional"}, reason="a grouped convolution is added to its input")
 
 
 CONVOLVED_POSITIONS = Pattern(name="convolved_positions", matcher=match_convolved, kinds=("positional",), priority=20,

@@ -1,7 +1,7 @@
 """Patch embedding and pooling: where an image becomes tokens, and where many positions become few."""
 from __future__ import annotations
 
-from genie_dynamo.passes.semantics.ops import PURE_VIEWS
+from genie_dynamo.passes.semantics.ops import ELEMENTWISE, PURE_VIEWS, VIEWS
 from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern, ordered
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode, is_linear, operands
 
@@ -51,11 +51,16 @@ def match_pooling(view: GraphView, node: ViewNode) -> Outcome:
         return NoMatch("a mean over everything: a loss or a report")
     positions = {d % source.rank for d in dims}
     image = source.rank == 4 and positions == {2, 3}
-    sequence = source.rank == 3 and positions in ({1}, {2})
+    sequence = source.rank == 3 and (positions == {1} or (positions == {2} and _channels_first(view, source)))
     if not image and not sequence:
         return NoMatch(f"a mean over dims {sorted(positions)} of {source.rank}: not over positions")
     return Match(kind="pooling", core=(node,), confidence=0.9, annotations={"variant": "mean"},
                  reason="a mean over positions")
+
+
+def _channels_first(view: GraphView, node: ViewNode) -> bool:
+    """Whether positions come last, as a convolution leaves them."""
+    return view.through(node, ELEMENTWISE | VIEWS | {"batch_norm"}).op == "conv"
 
 
 def _first_token(view: GraphView, node: ViewNode) -> Outcome:

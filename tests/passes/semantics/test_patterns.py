@@ -1,0 +1,94 @@
+"""Each pattern on the three captures, without names: what it must find, and near misses that it must refuse."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.models import handwritten
+from tests.passes.semantics import blocks as b
+
+CACHE = {"x": torch.randn(b.B, 1, b.D), "keys": torch.randn(b.B, b.H, 7, 4), "values": torch.randn(b.B, b.H, 7, 4)}
+IMAGE = {"image": torch.randn(2, 3, 32, 32)}
+
+POSITIVE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], str, dict[str, Any]]] = {
+    "attention_fused": (b.Attention, b.hidden, "attention", {"variant": "self", "fused": True}),
+    "attention_unfused": (lambda: b.Attention("plain"), b.hidden, "attention", {"variant": "self", "fused": False}),
+    "attention_einsum": (lambda: b.Attention("einsum"), b.hidden, "attention", {"variant": "self"}),
+    "attention_baddbmm": (lambda: b.Attention("baddbmm"), b.hidden, "attention", {"variant": "self"}),
+    "attention_grouped": (lambda: b.Attention("fused", 2), b.hidden, "attention", {"query_heads_per_key": 2}),
+    "attention_cross": (b.Attention, lambda: {**b.hidden(), "context": torch.randn(b.B, 9, b.D)}, "attention",
+                        {"variant": "cross"}),
+    "attention_window": (b.SlidingWindow, b.hidden, "attention", {"window": 4, "causal": True}),
+    "cache_append": (b.AppendCache, lambda: dict(CACHE), "kv_cache",
+                     {"operation": "append", "past_length": 7, "query_length": 1}),
+    "cache_write": (b.WriteCache, lambda: {**{k: v.clone() for k, v in CACHE.items()}, "position": torch.tensor([6])},
+                    "kv_cache", {"operation": "write", "storage": "static"}),
+    "mlp": (lambda: b.FeedForward(gated=False), b.hidden, "mlp", {}),
+    "gated_mlp": (lambda: b.FeedForward(gated=True), b.hidden, "gated_mlp", {}),
+    "norm_op": (lambda: nn.LayerNorm(b.D), lambda: {"input": torch.randn(2, b.D)}, "norm", {"variant": "layer_norm"}),
+    "norm_chain": (b.RootMeanSquare, b.hidden, "norm", {"variant": "rms_norm"}),
+    "rotary": (b.Rotary, b.hidden, "positional", {"variant": "rotary"}),
+    "embedding": (b.Lookup, lambda: {"ids": torch.randint(50, (b.B, b.T))}, "embedding", {"variant": "dense"}),
+    "learned_positions": (b.Lookup, lambda: {"ids": torch.randint(50, (b.B, b.T))}, "positional",
+                          {"variant": "learned"}),
+    "bag": (lambda: handwritten.build("dlrm")[0], lambda: handwritten.build("dlrm")[1], "embedding",
+            {"variant": "bag"}),
+    "router": (b.Experts, b.hidden, "moe_router", {"experts": 4, "chosen": 2}),
+    "patches": (lambda: b.Patches(keep_image=False), lambda: dict(IMAGE), "patch_embedding", {"kernel": 8}),
+    "pooling": (lambda: b.Pooled(1), b.hidden, "pooling", {"variant": "mean"}),
+    "head": (lambda: b.Head(residual=False), b.hidden, "logits_head", {}),
+    "state_space": (b.SelectiveScan, b.hidden, "state_space", {"variant": "selective scan"}),
+    "recurrent": (lambda: handwritten.build("lstm_lm")[0], lambda: handwritten.build("lstm_lm")[1], "recurrent", {}),
+    "recurrent_cell": (lambda: handwritten.build("elman_lm")[0], lambda: handwritten.build("elman_lm")[1], "recurrent",
+                       {"variant": "cell"}),
+    "loss": (b.Loss, lambda: {**b.hidden(), "labels": torch.randint(5, (b.B, b.T))}, "loss", {}),
+}
+
+NEGATIVE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], str, str, str]] = {
+    "router_is_no_attention": (b.Router, b.hidden, "attention", "attention", "no product of two activations"),
+    "no_cache": (b.Attention, b.hidden, "kv_cache", "kv_cache", "not kept"),
+    "learned_prefix_is_no_cache": (b.LearnedPrefix, b.hidden, "kv_cache", "kv_cache", "computed in this call"),
+    "transform_is_no_mlp": (b.NormalisedTransform, b.hidden, "mlp", "mlp", "no linear layer reads"),
+    "inverse_root_is_no_norm": (b.InverseRoot, b.hidden, "norm", "norm", "not the root of a mean"),
+    "mirror_is_no_rotation": (b.Mirrored, b.hidden, "positional", "rotary", "not multiplied"),
+    "sampling_is_no_routing": (b.BestTokens, b.hidden, "moe_router", "moe_router", "route nothing"),
+    "strided_stem_is_no_patches": (lambda: b.Patches(keep_image=True), lambda: dict(IMAGE), "patch_embedding",
+                                   "patch_embedding", "stays an image"),
+    "mean_of_features_is_no_pooling": (lambda: b.Pooled(2), b.hidden, "pooling", "pooling", "not over positions"),
+    "residual_linear_is_no_head": (lambda: b.Head(residual=True), b.hidden, "logits_head", "logits_head",
+                                   "goes on into add"),
+    "softplus_alone_is_no_state": (lambda: b.SelectiveScan(rates=False), b.hidden, "state_space", "state_space",
+                                   "exponential of a weight"),
+}
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_finds(name: str) -> None:
+    make, inputs, kind, annotations = POSITIVE[name]
+    torch.manual_seed(0)
+    for capture, report in b.reports(make().eval(), inputs()).items():
+        found = [f.match for f in report.found if f.match.kind == kind]
+        assert found, (capture, [(r.pattern, r.node, r.reason) for r in report.refusals])
+        assert any(annotations.items() <= match.annotations.items() for match in found), (capture, found)
+        assert all(match.reason for match in found)
+
+
+@pytest.mark.parametrize("name", NEGATIVE)
+def test_refuses_with_the_reason(name: str) -> None:
+    make, inputs, kind, pattern, reason = NEGATIVE[name]
+    torch.manual_seed(0)
+    for capture, report in b.reports(make().eval(), inputs()).items():
+        assert not [f.match for f in report.found if f.match.kind == kind], (capture, report.found)
+        reasons = [r.reason for r in report.refusals if r.pattern == pattern]
+        assert any(reason in given for given in reasons), (capture, reasons)
+
+
+def test_regions_do_not_share_nodes() -> None:
+    model, inputs = handwritten.build("dlrm")
+    for report in b.reports(model, inputs).values():
+        names = [node.name for f in report.found for node in f.nodes]
+        assert len(names) == len(set(names))
