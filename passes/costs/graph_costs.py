@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,11 @@ class GraphCosts:
     def __len__(self) -> int:
         return len(self.nodes)
 
+    def without(self, names: Set[str]) -> GraphCosts:
+        """The same but for some nodes; memory over time is then not known."""
+        left = [cost for cost in self if cost.name not in names]
+        return GraphCosts(left, self.input_bytes, self._origins, ()) if names else self
+
     @property
     def symbols(self) -> tuple[str, ...]:
         """Symbols whose values an evaluation needs."""
@@ -142,7 +147,7 @@ class GraphCosts:
         unique: dict[Any, int] = {}
         changes: list[tuple[int, int, int]] = []
         steps = [Span(at, at, cost.workspace_bytes) for at, cost in enumerate(self)
-                 if not _is_zero(cost.workspace_bytes)]
+                 if not is_zero(cost.workspace_bytes)]
         for span in (*self._spans, *steps):
             number = unique.setdefault(span.size_bytes, len(unique))
             # What dies with one node goes before what the next node makes comes.
@@ -169,5 +174,5 @@ class GraphCosts:
 _SUMS = ("flops", "matrix_flops", "bytes_read", "bytes_written", "input_bytes")
 
 
-def _is_zero(size: Size) -> bool:
+def is_zero(size: Size) -> bool:
     return isinstance(size, int) and size == 0
