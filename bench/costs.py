@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from bench.cost_models import Graph, real_graphs, tiny_graphs
-from bench.harness import Case, Series, Settings, Target
+from bench.harness import ROOT, Case, Series, Settings, Target
 
 _QUICK_TINY, _QUICK_REAL = ["bert", "llama", "resnet"], ["minilm 8x64"]
 _LEAST_S, _MAX_RUNS, _MIN_RUNS = 0.1, 50, 5
 _WARM_UP_RUNS = 2
 _TARGET = 0.20
+OBSERVATIONS = ROOT / "build" / "observed_costs.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,9 @@ def time_case(graphs: list[Graph], threads: int) -> Case:
     terms = {"roofline": statistics.median(errors["roofline"]), "fit": median}
     target = Target(name="median error of the fitted estimate, the model's architecture left out", value=median,
                     limit=_TARGET, unit="share", terms=terms)
+    kept = keep(seen, OBSERVATIONS)
     return Case(bench="costs", title=f"seconds of {len(seen)} graphs, estimated against measured", threads=threads,
-                pinned=False, series=series, targets=(target,), notes=(hardware.source, *notes))
+                pinned=False, series=series, targets=(target,), notes=(hardware.source, kept, *notes))
 
 
 def look(graph: Graph, hardware: Any, threads: int) -> Seen:
@@ -138,11 +140,15 @@ def estimates(one: Seen, seen: list[Seen], hardware: Any) -> tuple[float, float]
             sum(node_seconds(one.costs, hardware, values, fit=fit).values()))
 
 
-def keep(seen: list[Seen], path: Path) -> None:
-    """Write what was observed as Parquet."""
-    from genie_dynamo.core.observations import write_parquet
+def keep(seen: list[Seen], path: Path) -> str:
+    """Add what was observed to the rows in a Parquet file; says how many there are now."""
+    from genie_dynamo.core.observations import merge, read_parquet, write_parquet
 
-    write_parquet(path, [row for one in seen for row in one.observations])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = read_parquet(path) if path.exists() else ()
+    rows = merge(old, [row for one in seen for row in one.observations])
+    write_parquet(path, rows)
+    return f"{len(rows)} observations are kept in {path.relative_to(ROOT)}"
 
 
 def _plan(graph: Graph) -> Any:

@@ -27,6 +27,7 @@ Coefficients = tuple[float, float, float]
 _KINDS = ("matrix", "dispatch", "other")
 _DISPATCH = frozenset({"view", "scalar", "empty"})
 _PRIOR_ROWS = 2.0
+_LEAST_SHARE = 1.0
 _ROUNDS = 6
 _MAX_COUNT = 8.0            # nodes that do the same were seen in one run: they say less than as many different ones
 _OUTLIER = 0.5              # a row further off than this share of its time counts less
@@ -109,7 +110,10 @@ def _solve(design: Array, seconds: Array, counts: Array, prior: Coefficients) ->
     relative = design / seconds[:, None]
     # The pull has the size of a few typical rows, so that it only decides what the rows leave open. A part of a row's
     # time is at most all of it: what is more belongs to a coefficient that is small.
-    pull = np.diag(np.sqrt(_PRIOR_ROWS * np.mean(np.minimum(relative, 1) ** 2, axis=0) + 1e-12))
+    share = np.sqrt(np.mean(np.minimum(relative, 1) ** 2, axis=0) + 1e-12)
+    # Small ops say little of arithmetic and memory: what they leave open must not be stretched to large ones.
+    share[1:] = np.maximum(share[1:], _LEAST_SHARE)
+    pull = np.diag(np.sqrt(_PRIOR_ROWS) * share)
     goal = pull @ np.array(prior)
     weights = np.minimum(counts, _MAX_COUNT)
     best = np.array(prior)

@@ -82,6 +82,18 @@ def test_a_fit_finds_what_times_were_made_of() -> None:
     assert fit.coefficients("aten::rms", "norm") == fit.families["norm"]
 
 
+def test_what_small_ops_say_is_not_stretched_to_large_ones() -> None:
+    """Dispatch is all of a small op's time: of its arithmetic nothing is learnt."""
+    rng = random.Random(2)
+    small = [Observation(
+        model="m", machine="box", kind="cpu", num_threads=1, op="aten::mm", family="matmul", dtype="float32",
+        flops=rng.uniform(10, 100), bytes_moved=rng.uniform(10, 100), seconds=rng.uniform(8e-6, 12e-6))
+        for _ in range(300)]
+    overhead, arithmetic, memory = fit_costs(small, BOX).coefficients("aten::mm", "matmul")
+    assert overhead == pytest.approx(10, rel=0.2)
+    assert 0.3 < arithmetic < 3 and 0.3 < memory < 3
+
+
 def test_outliers_do_not_move_a_fit() -> None:
     rng = random.Random(1)
     rows = [made_up(rng, "norm", (4.0, 0.5, 1.0), 0.05) for _ in range(200)]
