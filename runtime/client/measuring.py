@@ -65,7 +65,7 @@ def _echo(connection: Connection, session: bytes, size_bytes: int, deadline_s: f
         frames: list[Any] = []
         request = connection.next_request()
         started_s = time.perf_counter()
-        connection.send(m.Echo(request, session, (m.INLINE, lane.stage(payload, frames))), frames)
+        connection.request(m.Echo(request, session, (m.INLINE, lane.stage(payload, frames))), frames)
         answer, returned, _ = connection.receive(deadline_s)
         while getattr(answer, "request", None) not in (request, 0):
             answer, returned, _ = connection.receive(deadline_s)

@@ -86,7 +86,7 @@ def test_a_call_does_not_wait_for_a_calibration(directory: Path, own_session: An
         (link,) = session.links
         with link.connection() as connection:
             request = connection.next_request()
-            connection.send(m.Calibrate(request, True))
+            connection.request(m.Calibrate(request, True))
             assert double(torch.ones(3)).tolist() == [2, 2, 2]
             assert not connection.socket.poll(0)
             answer, _, _ = connection.receive(time.monotonic() + 60)

@@ -12,7 +12,7 @@ from tests.passes.costs.tracing import counted_flops
 pytestmark = pytest.mark.heavy
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "clip", "mobilenet_v2", "mamba"])
+@pytest.mark.parametrize("name", ["t5", "mobilenet_v2"])
 def test_forward_flops(name: str) -> None:
     model, inputs = build(name)
     with torch.no_grad():
