@@ -3,6 +3,7 @@
     GenieError
     ├── ConfigError              an option, environment variable or file that cannot be used (also a ValueError)
     ├── PlanError                a plan that breaks its own rules: our bug or a hand-written plan
+    ├── CostError                a cost that cannot be computed: an unknown size, a formula that does not fit
     ├── UnsupportedGraphError    your model asks for what cannot be shipped (strict mode; otherwise it runs locally)
     ├── SessionError
     │   ├── SessionClosedError   you closed it (shutdown), or a forked child used its parent's session
@@ -43,6 +44,10 @@ class ConfigError(GenieError, ValueError):
 
 class PlanError(GenieError):
     """A plan that breaks its own rules."""
+
+
+class CostError(GenieError):
+    """A cost that cannot be computed, such as one of a size that nobody knows."""
 
 
 class UnsupportedGraphError(GenieError):

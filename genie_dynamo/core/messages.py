@@ -169,6 +169,31 @@ class Stats(NamedTuple):
     request: int
 
 
+class Calibrate(NamedTuple):
+    """Client -> worker: measure what you can do (core/hardware.py), in small steps and while nothing else is to be
+    done; `fresh` also where it is known from before. Answered by Done(dict)."""
+
+    request: int
+    fresh: bool
+
+
+class Echo(NamedTuple):
+    """Client or worker -> worker: send the value back, so that the lane can be timed. Answered by Result."""
+
+    request: int
+    session: bytes
+    value: Any                               # an argument
+
+
+class Probe(NamedTuple):
+    """Client -> worker: time echoes of a payload to another worker. Answered by Done(dict of seconds)."""
+
+    request: int
+    address: str
+    key: str                                 # the other worker's public key, or ""
+    size_bytes: int
+
+
 class Ping(NamedTuple):
     """Client -> worker: keeps the session's lease. Not answered."""
 
@@ -181,12 +206,12 @@ class Bye(NamedTuple):
 
 Message = (
     Hello | Welcome | Load | Have | Put | Adopt | Run | Partial | Result | Failure | Done | Push | Cancel | Free
-    | Drop | Fetch | Stats | Ping | Bye
+    | Drop | Fetch | Stats | Ping | Bye | Calibrate | Echo | Probe
 )
 
 _TYPES: tuple[type[Any], ...] = (
     Hello, Welcome, Load, Have, Put, Adopt, Run, Partial, Result, Failure, Done, Push, Cancel, Free, Drop, Fetch,
-    Stats, Ping, Bye,
+    Stats, Ping, Bye, Calibrate, Echo, Probe,
 )
 _TAG_OF: dict[type[Any], int] = {cls: tag for tag, cls in enumerate(_TYPES)}
 _NUMBER = (int, float)
@@ -197,7 +222,7 @@ _FIELD_TYPES: dict[str, Any] = {
     "digest": (bytes, type(None)), "program_id": int, "call_id": int, "arguments": tuple, "keeps": tuple,
     "incoming": tuple, "frees": tuple, "values": tuple, "kept": tuple, "compute_s": _NUMBER, "queue_s": _NUMBER,
     "resident_bytes": int, "kind": str, "message": str, "value_id": int, "tensors": tuple, "value": object,
-    "info": object, "template": int,
+    "info": object, "template": int, "fresh": bool, "address": str, "key": str, "size_bytes": int,
 }
 _CHECKS: tuple[tuple[Any, ...], ...] = tuple(tuple(_FIELD_TYPES[f] for f in cls._fields) for cls in _TYPES)
 _PAIR_FIELDS = frozenset({"keeps", "incoming", "frees", "tensors"})

@@ -53,10 +53,10 @@ class Connection:
         self._requests += 1
         return self._requests
 
-    def request(self, message: m.Message) -> None:
+    def request(self, message: m.Message, frames: Sequence[Any] = ()) -> None:
         """Send what will be answered over the ZeroMQ socket."""
         self._streaming = False
-        self.send(message)
+        self.send(message, frames)
 
     def send(self, message: m.Message, frames: Sequence[Any] = ()) -> int:
         """Send what is not answered; returns the size of the message part in bytes.

@@ -17,7 +17,9 @@ import zmq
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import GenieError, SessionClosedError, WorkerError, WorkerLostError
+from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
 from genie_dynamo.runtime.client.connection import beside, to_error
+from genie_dynamo.runtime.client.measuring import hardware_of, links_among
 from genie_dynamo.runtime.client.residency import Residency
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.cluster import WorkerAddress
@@ -163,6 +165,19 @@ class Session:
         self.telemetry.moved(link.name, received={"state": tensor.numel() * tensor.element_size(),
                                                   "control": header_bytes})
         return tensor
+
+    def hardware(self, timeout_s: float = 30.0, *, fresh: bool = False) -> dict[str, HardwareFacts]:
+        """What each worker's device can do: from its cache, or measured while it is idle (under a second).
+
+        Raises: WorkerTimeoutError, WorkerLostError.
+        """
+        self.check_open()
+        return {link.name: hardware_of(link, timeout_s, fresh=fresh) for link in list(self.links) if not link.lost}
+
+    def lanes(self, timeout_s: float = 30.0) -> tuple[LinkFacts, ...]:
+        """Latency and bandwidth between this process and each worker, and between each two workers, measured now."""
+        self.check_open()
+        return links_among([link for link in list(self.links) if not link.lost], timeout_s)
 
     def stats(self) -> dict[str, Any]:
         """The session's counters, with each worker's memory and incarnation."""

@@ -31,6 +31,7 @@ class WorkerLink:
         self.in_flight = 0
         self.num_saved = 0                                # activations there that a backward may still want
         self.lost = ""
+        self.token = token
         self._context = context
         self._security = security
         self._hello = (token, lease_s, {"client": name}, timeout_s)

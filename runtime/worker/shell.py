@@ -23,6 +23,7 @@ from genie_dynamo.core.wire import pack, unpack
 from genie_dynamo.runtime.flat import RunStatus
 from genie_dynamo.runtime.lanes import stream
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
+from genie_dynamo.runtime.worker.background import Background
 from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine
 from genie_dynamo.runtime.worker.state import (
     Abandon,
@@ -31,6 +32,7 @@ from genie_dynamo.runtime.worker.state import (
     Failed,
     Finished,
     Left,
+    Measure,
     Received,
     Reply,
     RunRecord,
@@ -67,6 +69,7 @@ class Shell:
         self._ready: deque[RunRecord] = deque()
         self._waiting: set[RunRecord] = set()
         self._sent: dict[RunRecord, set[int]] = {}
+        self._background = Background(engine.device, engine.num_threads, connect_peer, self._answer)
         self._next_tick_s = time.monotonic() + TICK_S
         self._socket_used = True          # since it last said that there is nothing to read
         self._poller = select.epoll()
@@ -86,6 +89,9 @@ class Shell:
             self._advance(self._ready.popleft())
             while self._ready and self._listen(0.0):
                 pass
+        elif self._background:
+            if not self._listen(0.0):
+                self._background.step()
         else:
             self._listen(TICK_S)
         now_s = time.monotonic()
@@ -153,6 +159,8 @@ class Shell:
                     self._ready.append(run)
             elif type(command) is Abandon:
                 self._drop(command.run)
+            elif type(command) is Measure:
+                self._background.add(command)
 
     def _drop(self, run: RunRecord) -> None:
         self._waiting.discard(run)
@@ -212,6 +220,9 @@ class Shell:
         except zmq.ZMQError as error:
             log.warning("reply to a client dropped (%s): %s", type(message).__name__, error)
 
+    def _answer(self, reply: Reply) -> None:
+        self._reply(reply.connection, reply.message, reply.frames)
+
     def _peer(self, address: str, key: str, parts: list[Any]) -> None:
         socket = self._peers.get(address)
         if socket is None:
@@ -220,6 +231,7 @@ class Shell:
 
     def close(self) -> None:
         """Close the sockets this shell opened or was given to listen on."""
+        self._background.close()
         if self._streams is not None:
             self._streams.close()
         self._poller.close()

@@ -1,7 +1,7 @@
 """The worker's side of the protocol, as a state machine without sockets, threads or a clock.
 
     events     Received(message), Left(connection), Finished(run), Failed(run), Tick
-    commands   Reply, Execute (a run has all it needs to go on), Abandon (forget a run)
+    commands   Reply, Execute (a run has all it needs to go on), Abandon (forget a run), Measure (when there is time)
 
 Tensors are opaque here. A resident tensor is stored under (tensor id, epoch) and never changes: a run that updates
 one stores a new epoch, and the client decides, once the whole call has succeeded, which epoch is the current one.
@@ -29,6 +29,8 @@ from genie_dynamo.core.limits import DEFAULT_LIMITS, Limits
 from genie_dynamo.core.program import WorkerProgram
 
 _NONE: frozenset[tuple[int, int]] = frozenset()
+
+MAX_ECHO_BYTES = 64 << 20
 
 
 class Toolbox(Protocol):
@@ -143,8 +145,16 @@ class Abandon(NamedTuple):
     run: RunRecord
 
 
+class Measure(NamedTuple):
+    """Take a measurement when there is time for it, and answer."""
+
+    connection: bytes
+    message: m.Calibrate | m.Probe
+    session: bytes
+
+
 Event = Received | Left | Finished | Failed | Tick
-Command = Reply | Execute | Abandon
+Command = Reply | Execute | Abandon | Measure
 
 
 def failure(request: int, error: BaseException) -> m.Failure:
@@ -185,7 +195,8 @@ class WorkerState:
         self._handlers: dict[type[Any], Callable[..., list[Command]]] = {
             m.Load: self._load, m.Have: self._have, m.Put: self._put, m.Adopt: self._adopt,
             m.Cancel: self._cancel, m.Free: self._free, m.Drop: self._drop, m.Fetch: self._fetch,
-            m.Stats: self._stats, m.Ping: self._ping, m.Bye: self._bye,
+            m.Stats: self._stats, m.Ping: self._ping, m.Bye: self._bye, m.Calibrate: self._measure,
+            m.Probe: self._measure,
         }
 
     def handle(self, event: Event) -> list[Command]:
@@ -210,6 +221,8 @@ class WorkerState:
                 return self._hello(event.connection, message, event.now_s)
             if type(message) is m.Push:
                 return self._push(message, event.frames)
+            if type(message) is m.Echo:
+                return self._echo(event.connection, message, event.frames)
             session = self._by_connection.get(event.connection)
             if session is None:
                 raise StaleHandleError(
@@ -485,6 +498,22 @@ class WorkerState:
             "resident_bytes": session.resident_bytes, "waiting_runs": sum(map(len, session.runs.values())),
         }
         return [Reply(event.connection, m.Done(event.message.request, info))]  # type: ignore[union-attr]
+
+    def _measure(self, session: SessionState, event: Received) -> list[Command]:
+        message: m.Calibrate | m.Probe = event.message  # type: ignore[assignment]
+        if type(message) is m.Probe and not 0 < message.size_bytes <= MAX_ECHO_BYTES:
+            raise ProtocolError(f"an echo takes 1 to {MAX_ECHO_BYTES} bytes, asked were {message.size_bytes}")
+        return [Measure(event.connection, message, session.token)]
+
+    def _echo(self, connection: bytes, message: m.Echo, frames: Sequence[Any]) -> list[Command]:
+        """Also from workers, which have no connection of their own here but know the session."""
+        if message.session not in self.sessions:
+            raise StaleHandleError("an echo was asked for in a session that is not open on this worker")
+        if type(message.value) is not tuple or len(message.value) != 2 or message.value[0] != m.INLINE:
+            raise ProtocolError(f"an echoed value is a tensor, got {message.value!r:.60}")
+        out: list[Any] = []
+        value = self._tools.stage(self._tools.land(message.value[1], frames), out)
+        return [Reply(connection, m.Result(message.request, ((0, value),), (), 0.0, 0.0, 0), out)]
 
     def _ping(self, session: SessionState, event: Received) -> list[Command]:
         return []

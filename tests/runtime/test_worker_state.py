@@ -15,6 +15,7 @@ from genie_dynamo.runtime.worker.state import (
     Failed,
     Finished,
     Left,
+    Measure,
     Received,
     Reply,
     RunRecord,
@@ -318,3 +319,27 @@ def test_resident_arguments_are_remembered_until_one_of_them_is_freed(worker: Wo
     assert failure_of(worker.send(m.Run(6, 1, 11, (), (), (), (), -3))).kind == "ProtocolError"
     worker.send(m.Free(((4, 1),)))
     assert failure_of(worker.send(m.Run(6, 1, 12, (inline(b"y"),), (), (), (), -3))).kind == "StaleHandleError"
+
+
+# ---------------------------------------------------------------- measurements
+def test_a_calibration_is_left_to_the_shell(worker: Worker) -> None:
+    (command,) = worker.send(m.Calibrate(4, False))
+    assert isinstance(command, Measure) and command.message == m.Calibrate(4, False) and command.connection == b"c"
+
+
+def test_an_echo_comes_back_to_whoever_knows_the_session(worker: Worker) -> None:
+    """Also on a connection that has said no hello: that of another worker."""
+    (reply,) = worker.send(m.Echo(7, TOKEN, (m.INLINE, (b"abc",))), connection=b"peer")
+    assert isinstance(reply, Reply) and reply.connection == b"peer"
+    assert isinstance(reply.message, m.Result) and reply.message.values == ((0, (m.INLINE, (b"abc",))),)
+    for echo, kind in ((m.Echo(8, OTHER, (m.INLINE, (b"abc",))), "StaleHandleError"),
+                       (m.Echo(9, TOKEN, 3), "ProtocolError")):
+        (refused,) = worker.send(echo, connection=b"peer")
+        assert isinstance(refused, Reply) and isinstance(refused.message, m.Failure) and refused.message.kind == kind
+
+
+def test_a_probe_is_bounded(worker: Worker) -> None:
+    for size_bytes in (0, -1, 1 << 40):
+        (reply,) = worker.send(m.Probe(4, "tcp://a:1", "", size_bytes))
+        assert isinstance(reply, Reply) and isinstance(reply.message, m.Failure)
+    assert isinstance(worker.send(m.Probe(4, "tcp://a:1", "", 1000))[0], Measure)
