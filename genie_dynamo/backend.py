@@ -29,10 +29,14 @@ from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
 from genie_dynamo.passes.pipeline import run_pipeline
 from genie_dynamo.passes.planning import Assign, plan_graph
 from genie_dynamo.passes.semantics.carry import carry_over
+from genie_dynamo.placed import Homes, PlacedGraph
 from genie_dynamo.runtime.client.attempt import GraphInfo
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph, materialize
 
 log = logging.getLogger(__name__)
+
+observers: list[Callable[[PlacedGraph], None]] = []
+"""Told of every graph that is compiled (`explain`)."""
 
 _numbers = itertools.count()
 _said: set[str] = set()
@@ -49,11 +53,12 @@ def genie(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> C
     config = sessions.default_config().for_compile(options)
     run_pipeline(gm, example_inputs)
     guards = read_guards(gm)
+    homes = Homes()
 
     def compiler(kind: str) -> Callable[..., Any]:
         def compile_graph(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
             carry_over(gm, graph, kind)
-            return compile_aten(graph, kind, guards, config)
+            return compile_aten(graph, kind, guards, config, homes=homes)
 
         return compile_graph
 
@@ -68,10 +73,12 @@ def genie(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> C
 
 
 def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Config, *,
-                 assign: Assign | None = None, num_workers: int = 1) -> Callable[[list[Any]], Any]:
+                 assign: Assign | None = None, num_workers: int = 1,
+                 homes: Homes | None = None) -> Callable[[list[Any]], Any]:
     """One ATen graph as a boxed callable: remote where it can be shipped, else local.
 
-    Args:   assign, num_workers: a placement made by hand, as for plan_graph; by default all goes to one worker.
+    Args:   assign, num_workers: a placement made by hand, as for plan_graph; by default it is made by cost.
+            homes: what a forward graph tells its backward graph.
     Raises: UnsupportedGraphError in strict mode.
     """
     label = f"{kind} graph {next(_numbers)}"
@@ -80,22 +87,33 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
     namespaces = _namespaces(gm)
     # Whether a worker really has the op libraries shows when the fragment is loaded there.
     reasons = unsupported_reasons(gm, namespaces) + _foreign_devices(gm)
-    if not reasons:
-        try:
-            plan = plan_graph(gm, facts, guards, assign=assign, num_workers=num_workers)
-            specs = {
-                f.fragment_id: encode(lower_fragment(gm, node_names=f.node_names, inputs=f.inputs, outputs=f.outputs))
-                for f in plan.fragments
-            }
-        except UnsupportedGraphError as error:
-            reasons = (str(error),)
-    if reasons:
-        return _fall_back(label, reasons, local, config)
-    if not plan.fragments:
+    session = lambda: sessions.session(namespaces)  # noqa: E731 - it is handed on
+
+    def build(assign: Assign | None, workers: Sequence[str], count: int) -> RemoteGraph:
+        plan = plan_graph(gm, facts, guards, assign=assign, num_workers=count)
+        specs = {
+            f.fragment_id: encode(lower_fragment(gm, node_names=f.node_names, inputs=f.inputs, outputs=f.outputs))
+            for f in plan.fragments
+        }
+        return RemoteGraph(plan, specs, GraphInfo(kind == "backward", facts.bumped, label), config, session, local,
+                           workers)
+
+    try:
+        if reasons:
+            return _fall_back(label, reasons, local, config)
+        first = build(assign, (), num_workers)
+    except UnsupportedGraphError as error:
+        return _fall_back(label, (str(error),), local, config)
+    if not first.plan.fragments:
         # Nothing to compute: outputs are inputs and literals.
         return local
-    return RemoteGraph(plan, specs, GraphInfo(kind == "backward", facts.bumped, label), config,
-                       lambda: sessions.session(namespaces), local)
+    if assign is not None:
+        return first
+    placed = PlacedGraph(gm, facts, config, label, homes or Homes(), session, first,
+                         lambda assign, workers: build(assign, workers, len(workers)))
+    for watch in observers:
+        watch(placed)
+    return placed
 
 
 def _boxed(gm: fx.GraphModule, kind: str) -> Callable[[list[Any]], Any]:

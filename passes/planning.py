@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -132,34 +134,82 @@ def _is_subgraph(node: fx.Node) -> bool:
 
 
 def _fragments(body: Sequence[fx.Node], wanted: set[str], assign: Assign) -> tuple[Fragment, ...]:
-    """Maximal runs of nodes on one worker, in topological order."""
-    groups: list[tuple[int, list[fx.Node]]] = []
-    placed: dict[fx.Node, int] = {}
+    """Runs of nodes on one worker, as long as their dependencies allow; their union is every node, once."""
     # A subgraph is not a value: it goes with the node that uses it.
-    deferred = {n for n in body if _is_subgraph(n)}
-    for node in body:
-        if node in deferred:
-            continue
+    subgraphs = {n for n in body if _is_subgraph(n)}
+    nodes = [n for n in body if n not in subgraphs]
+    placed: dict[fx.Node, int] = {}
+    for node in nodes:
         # A tuple does not travel: its elements are taken where it was made.
         taken_from = node.args[0] if node.target is operator.getitem else None
-        worker = placed[node] = placed[taken_from] if isinstance(taken_from, fx.Node) else assign(node)
-        if not groups or groups[-1][0] != worker:
-            groups.append((worker, []))
-        groups[-1][1].extend(n for n in node.all_input_nodes if n in deferred)
-        deferred.difference_update(node.all_input_nodes)
-        groups[-1][1].append(node)
-    home = {node: number for number, (_, nodes) in enumerate(groups) for node in nodes}
+        placed[node] = placed[taken_from] if isinstance(taken_from, fx.Node) else assign(node)
+    groups = [(worker, _with_subgraphs(run, subgraphs)) for worker, run in _runs(nodes, placed)]
+    home = {node: number for number, (_, members) in enumerate(groups) for node in members}
     fragments = []
     rng = RNG_STATE
-    for number, (worker, nodes) in enumerate(groups):
-        inside = set(nodes)
-        inputs = dict.fromkeys(i.name for n in nodes for i in n.all_input_nodes if i not in inside)
-        outputs = [n.name for n in nodes
+    for number, (worker, members) in enumerate(groups):
+        inside = set(members)
+        inputs = dict.fromkeys(i.name for n in members for i in n.all_input_nodes if i not in inside)
+        outputs = [n.name for n in members
                    if n.name in wanted or any(u in home and home[u] != number for u in n.users)]
-        random = any(map(draws_random_numbers, nodes))
+        random = any(map(draws_random_numbers, members))
         fragments.append(Fragment(
-            fragment_id=number, worker=worker, node_names=tuple(n.name for n in nodes), inputs=tuple(inputs),
+            fragment_id=number, worker=worker, node_names=tuple(n.name for n in members), inputs=tuple(inputs),
             outputs=tuple(dict.fromkeys(outputs)), rng_in=rng if random else None))
         if random:
             rng = rng_after(number)
     return tuple(fragments)
+
+
+def _with_subgraphs(run: Sequence[fx.Node], subgraphs: set[fx.Node]) -> list[fx.Node]:
+    members: dict[fx.Node, None] = {}
+    for node in run:
+        members.update(dict.fromkeys(n for n in node.all_input_nodes if n in subgraphs))
+        members[node] = None
+    return list(members)
+
+
+def _runs(nodes: Sequence[fx.Node], placed: dict[fx.Node, int]) -> list[tuple[int, list[fx.Node]]]:
+    """Nodes in an order that stays on a worker while it can. Random and writing nodes keep their order."""
+    before = _orders(nodes)
+    waits = {node: len(before[node]) for node in nodes}
+    after: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
+    for node, sources in before.items():
+        for source in sources:
+            after[source].append(node)
+    position = {node: index for index, node in enumerate(nodes)}
+    ready: dict[int, list[int]] = {}
+    for node in nodes:
+        if not waits[node]:
+            heapq.heappush(ready.setdefault(placed[node], []), position[node])
+    runs: list[tuple[int, list[fx.Node]]] = []
+    for _ in nodes:
+        worker = runs[-1][0] if runs else -1
+        if not ready.get(worker):
+            worker = min((w for w, heap in ready.items() if heap), key=lambda w: ready[w][0])
+            runs.append((worker, []))
+        node = nodes[heapq.heappop(ready[worker])]
+        runs[-1][1].append(node)
+        for user in after[node]:
+            waits[user] -= 1
+            if not waits[user]:
+                heapq.heappush(ready.setdefault(placed[user], []), position[user])
+    return runs
+
+
+def _orders(nodes: Sequence[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+    """What must have run before each node: what it reads, and what has an effect before it."""
+    inside = set(nodes)
+    before = {node: {i for i in node.all_input_nodes if i in inside} for node in nodes}
+    if any(map(_writes, nodes)):
+        for earlier, later in itertools.pairwise(nodes):
+            before[later].add(earlier)
+        return before
+    random = [node for node in nodes if draws_random_numbers(node)]
+    for earlier, later in itertools.pairwise(random):
+        before[later].add(earlier)
+    return before
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from genie_dynamo.cli.parser import Parser
@@ -86,6 +87,34 @@ def run_patterns(arguments: argparse.Namespace) -> int:
         for name, reason in broken.items():
             print(f"{name:<20}cannot be loaded: {reason}")
     return 1 if broken else 0
+
+
+# ---------------------------------------------------------------- explain
+def add_explain(parser: Parser, subparsers: Any) -> None:
+    command = parser.add_command(
+        subparsers, "explain", example="genie explain train.py\ngenie explain --html plan.html serve.py --port 80",
+        help="run a script and say where each graph that it compiled for genie runs, and why")
+    command.add_argument("--html", metavar="FILE", help="also write a page to look at")
+    command.add_argument("--json", action="store_true", help="print JSON; what the script prints goes to stderr")
+    command.add_argument("script", help="a Python file")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    command.set_defaults(run=run_explain)
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    from genie_dynamo.core.errors import ConfigError
+    from genie_dynamo.explaining import explain_script
+
+    if not Path(arguments.script).is_file():
+        raise ConfigError(f"{arguments.script} is no file; give the path of a Python script")
+    found = explain_script(arguments.script, arguments.arguments, quiet=arguments.json)
+    if not found.graphs:
+        raise ConfigError(f'{arguments.script} ran no graph on a worker; does it call torch.compile(..., '
+                          'backend="genie") or genie.compile?')
+    print(found.to_json() if arguments.json else found)
+    if arguments.html:
+        found.to_html(arguments.html)
+    return 0
 
 
 # ---------------------------------------------------------------- worker

@@ -23,8 +23,8 @@ def build_parser() -> Parser:
         example="genie demo\ngenie worker --bind tcp://127.0.0.1:5555\ngenie COMMAND --help")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for add in (commands.add_demo, commands.add_doctor, commands.add_worker, commands.add_workers,
-                commands.add_patterns, commands.add_keygen):
+    for add in (commands.add_demo, commands.add_doctor, commands.add_explain, commands.add_worker,
+                commands.add_workers, commands.add_patterns, commands.add_keygen):
         add(parser, subparsers)
     return parser
 

@@ -191,7 +191,7 @@ class Config:
     """Every option. Make one with `Config.build(...)`; a direct construction is checked too."""
 
     policy: Policy = field(default="min_latency", metadata=_per_compile(
-        _not_yet(_choice("min_latency", "max_throughput", "min_cost"), "min_latency"),
+        _not_yet(_choice("min_latency", "max_throughput", "min_cost"), "min_latency", "max_throughput"),
         "what placement minimises"))
     awareness: Awareness = field(default="full", metadata=_per_compile(
         _choice("full", "weights", "blind"),

@@ -63,8 +63,10 @@ class SessionPart:
 class Attempts:
     """Runs one graph, whose plan is cut for `plan.num_workers` workers. Knows nothing of what to do when that fails."""
 
-    def __init__(self, plan: Plan, specs: dict[int, bytes], info: GraphInfo, config: Config) -> None:
+    def __init__(self, plan: Plan, specs: dict[int, bytes], info: GraphInfo, config: Config,
+                 workers: Sequence[str] = ()) -> None:
         self.plan = plan
+        self._workers = tuple(workers)
         self.info = info
         self._specs = specs
         self._config = config
@@ -125,11 +127,11 @@ class Attempts:
                 link = next(iter(handles.values())).link
                 link.check_alive()
             else:
-                link = session.pick(part.prefer)
+                link = self._named(session)[0] if self._workers else session.pick(part.prefer)
             links, key = [link], (link.key,)
         else:
             session.pick()       # replaces lost workers
-            links = [link for link in session.links if not link.lost][:count]
+            links = self._named(session) if self._workers else [x for x in session.links if not x.lost][:count]
             if len(links) < count:
                 raise WorkerLostError(f"the plan needs {count} workers, {len(links)} are left")
             key = tuple([link.key for link in links])
@@ -143,6 +145,16 @@ class Attempts:
                     part.bindings[key] = binding
             part.prefer = tuple({*part.prefer, *(link.name for link in links)})
         return binding
+
+    def _named(self, session: Session) -> list[WorkerLink]:
+        """The workers that the plan was made for. Raises: WorkerLostError where one of them has not come back."""
+        session.pick()
+        by_name = {link.name: link for link in session.links if not link.lost}
+        missing = [name for name in self._workers if name not in by_name]
+        if missing:
+            raise WorkerLostError(f"the plan runs on {', '.join(self._workers)}, and {', '.join(missing)} cannot be "
+                                  "reached; the graph is placed anew with its next call")
+        return [by_name[name] for name in self._workers]
 
     def _look(self, session: Session, part: SessionPart, args: Sequence[Any]) -> Seen | None:
         """Check the parameters and buffers; None where there are none to keep on workers."""
@@ -271,6 +283,7 @@ class Attempts:
         queue_s = 0.0
         for worker, p in zip(binding.programs, parts, strict=True):
             result = state.results[worker]
+            p.bound.last_compute_s = result.compute_s
             shares.append(Share(p.bound.link.name, p.bound.num_fragments, result.compute_s, p.sent, received[worker]))
             queue_s = max(queue_s, result.queue_s)
         now_s = time.perf_counter()

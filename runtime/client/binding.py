@@ -50,6 +50,7 @@ class BoundProgram:
         self.keep_updates = dict(enumerate(updates, self.num_saved))
         """Index of a kept value -> position of the parameter or buffer that it becomes. The others are activations."""
         self.num_fragments = len(program.fragments)
+        self.last_compute_s: float | None = None       # what the worker reported of its last run
         self.outputs = tuple(self._output(output) for output in plan.outputs)
         """Where each output is, as steady calls want it: a returned value, an argument, or a literal."""
         self.plain = (len(plan.fragments) == len(program.fragments) and RNG_ARGUMENT not in self.arguments

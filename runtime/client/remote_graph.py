@@ -30,17 +30,19 @@ class RemoteGraph:
         plan, specs: the plan and its encoded fragments.
         get_session: the session of this process; called once per call.
         run_local: runs the same graph here (for on_worker_loss="local").
+        workers: names of the workers that the plan numbers; by default any will do.
     """
 
     def __init__(self, plan: Plan, specs: dict[int, bytes], info: GraphInfo, config: Config,
-                 get_session: Callable[[], Session], run_local: Callable[[list[Any]], Any]) -> None:
+                 get_session: Callable[[], Session], run_local: Callable[[list[Any]], Any],
+                 workers: Sequence[str] = ()) -> None:
         self._boxed_call = True        # on the instance: torch's wrappers copy its __dict__, not its class
         self.plan = plan
         self.info = info
         self._config = config
         self._get_session = get_session
         self._run_local = run_local
-        self._attempts = Attempts(plan, specs, info, config)
+        self._attempts = Attempts(plan, specs, info, config, workers)
         self._per_session: weakref.WeakKeyDictionary[Session, SessionPart] = weakref.WeakKeyDictionary()
 
     def __call__(self, args: list[Any]) -> tuple[Any, ...]:
@@ -55,6 +57,12 @@ class RemoteGraph:
         if self._config.verify and random.random() < self._config.verify:
             return self._verified(session, part, values, started_s)
         return self._call(session, part, values, started_s)
+
+    def measured_s(self, session: Session) -> dict[str, float]:
+        """Seconds that each worker reported for its share of the last call."""
+        part = self._per_session.get(session)
+        programs = [b for binding in part.bindings.values() for b in binding.programs.values()] if part else []
+        return {b.link.name: b.last_compute_s for b in programs if b.last_compute_s is not None}
 
     def _verified(self, session: Session, part: SessionPart, args: list[Any], started_s: float) -> tuple[Any, ...]:
         expected = run_reference(self._run_local, materialize(args, self._get_session))

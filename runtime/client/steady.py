@@ -56,6 +56,7 @@ def steady_call(session: Session, bound: BoundProgram, template: Template, args:
     link.give_back(connection)
     outputs = tuple([values[at] if kind == "value" else args[at] if kind == "input" else at
                      for kind, at in bound.outputs])
+    bound.last_compute_s = result.compute_s
     answered_s = time.perf_counter()
     session.telemetry.call((Share(link.name, 1, result.compute_s, sent, received),),
                            dispatch_s=sent_s - started_s, wait_s=answered_s - sent_s, queue_s=result.queue_s)

@@ -1,0 +1,148 @@
+"""A graph that is placed by cost: on one worker until there are several and they are known, then where it is fastest.
+
+The plan is made between two calls, never within one: when facts about the workers have come, and when a worker has
+joined or left. A forward graph says where each of its values is made; the backward graph follows.
+"""
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from genie_dynamo import worker_facts
+from genie_dynamo.core.config import Config
+from genie_dynamo.core.errors import CostError
+from genie_dynamo.passes.costs.symbols import SymbolBinding
+from genie_dynamo.passes.facts import GraphFacts
+from genie_dynamo.passes.partition import Partition, partition
+from genie_dynamo.passes.placement.interfaces import Limits
+from genie_dynamo.passes.placement.planner import Planner
+from genie_dynamo.passes.planning import Assign
+from genie_dynamo.runtime.client.remote_graph import RemoteGraph
+from genie_dynamo.runtime.client.session import Session
+
+log = logging.getLogger(__name__)
+
+TIME_LIMIT_S = 0.5
+"""What planning one graph may take of the call that it happens before."""
+
+Build = Callable[[Assign, Sequence[str]], RemoteGraph]
+
+
+@dataclass(slots=True)
+class Homes:
+    """Where the values of a forward graph are made: what its backward graph goes by."""
+
+    workers: tuple[str, ...] = ()
+    of_value: Mapping[str, int] = field(default_factory=dict)
+
+
+class PlacedGraph:
+    """Boxed callable: the graph on whatever workers it is placed on now.
+
+    Args:
+        anywhere: the graph as it runs on any one worker.
+        build: makes the graph for an assignment of its nodes to named workers.
+    """
+
+    def __init__(self, gm: fx.GraphModule, facts: GraphFacts, config: Config, label: str, homes: Homes,
+                 get_session: Callable[[], Session], anywhere: RemoteGraph, build: Build) -> None:
+        self._boxed_call = True
+        self.gm, self.facts, self.label = gm, facts, label
+        self.observed = False                             # symbol_values are those of the last call
+        self.symbol_values: Mapping[str, int] = {}
+        self._config, self._homes = config, homes
+        self._lock = threading.Lock()
+        self._get_session, self._build = get_session, build
+        self._anywhere = self._current = anywhere
+        self._key: Any = None
+        self._symbols = SymbolBinding(gm)
+
+    @property
+    def current(self) -> RemoteGraph:
+        """The graph as it is placed now."""
+        return self._current
+
+    def __call__(self, args: list[Any]) -> tuple[Any, ...]:
+        session = self._get_session()
+        if len(session.links) > 1 and self._lock.acquire(blocking=False):
+            try:
+                self._place(session, args)
+            finally:
+                self._lock.release()
+        if self.observed:
+            self.symbol_values = self._symbols(args)
+        return self._current(args)
+
+    def price(self, facts: worker_facts.Facts) -> Partition:
+        """What placement says of this graph for the sizes of the last observed call.
+
+        Raises: PlacementError, CostError.
+        """
+        return partition(self.gm, self.facts, facts.workers, facts.lanes, self._config.policy, Planner(time.monotonic),
+                         Limits(time_limit_s=TIME_LIMIT_S), symbol_values=self.symbol_values)
+
+    def _place(self, session: Session, args: Sequence[Any]) -> None:
+        if self.facts.kind == "backward":
+            if self._key is not self._homes.of_value:
+                self._key = self._homes.of_value
+                self._follow()
+            return
+        key = worker_facts.incarnations(session)
+        if key == self._key:
+            return
+        facts = worker_facts.facts_of(session)
+        if facts is None:
+            return
+        self._key = key
+        self.symbol_values = self._symbols(args)
+        try:
+            found = self.price(facts)
+        except CostError as error:
+            log.info("%s cannot be priced and stays on one worker: %s", self.label, error)
+            return
+        if len(found.workers) > 1:
+            log.info("%s is cut over %s: %.3g ms estimated", self.label, ", ".join(found.workers), found.est_s * 1e3)
+            self._current = self._build(lambda node: found.assign.get(node.name, 0), found.workers)
+            self._homes.workers, self._homes.of_value = found.workers, found.assign
+        else:
+            self._current = self._anywhere
+            self._homes.workers, self._homes.of_value = (), {}
+
+    def _follow(self) -> None:
+        """A backward graph runs where the activations are that it reads."""
+        if len(self._homes.workers) < 2:
+            self._current = self._anywhere
+            return
+        assign = _follow(self.gm, self._homes.of_value)
+        self._current = self._build(lambda node: assign[node], self._homes.workers)
+
+
+def _follow(gm: fx.GraphModule, homes: Mapping[str, int]) -> dict[fx.Node, int]:
+    """Each node where most bytes of what it reads are; nodes that read nothing with a home go to the first worker."""
+    chosen: dict[fx.Node, int] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in homes:
+                chosen[node] = homes[node.name]
+            continue
+        weight: dict[int, float] = {}
+        for source in node.all_input_nodes:
+            if source in chosen:
+                weight[chosen[source]] = weight.get(chosen[source], 0.0) + _bytes(source)
+        chosen[node] = max(weight, key=lambda worker: (weight[worker], -worker)) if weight else 0
+    return chosen
+
+
+def _bytes(node: fx.Node) -> float:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return 1.0
+    hint = [size if isinstance(size, int) else size.node.hint or 1 for size in value.shape]
+    return float(torch.Size(hint).numel() * value.element_size() + 1)

@@ -1,0 +1,82 @@
+"""What is known about the workers of a session, for placement. Measured in the background: no call waits for it."""
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from dataclasses import dataclass
+
+from genie_dynamo.core.errors import GenieError
+from genie_dynamo.core.hardware import LinkFacts
+from genie_dynamo.passes.partition import WorkerFacts
+from genie_dynamo.runtime.client.session import Session
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """Facts that hold for one set of worker incarnations."""
+
+    key: tuple[str, ...]
+    workers: tuple[WorkerFacts, ...]
+    lanes: tuple[LinkFacts, ...]
+
+
+class _Measurement:
+    """One session's facts, or the thread that is getting them."""
+
+    def __init__(self) -> None:
+        self.facts: Facts | None = None
+        self.thread: threading.Thread | None = None
+        self.failed: tuple[str, ...] = ()
+
+
+_sessions: weakref.WeakKeyDictionary[Session, _Measurement] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def incarnations(session: Session) -> tuple[str, ...]:
+    """The workers of a session that live, as facts name them."""
+    return tuple([link.key for link in session.links if not link.lost])
+
+
+def facts_of(session: Session, *, wait: bool = False) -> Facts | None:
+    """Facts about the workers that live now; None while they are being measured, or where that failed.
+
+    Args: wait: until they are there, as `explain` does.
+    """
+    key = incarnations(session)
+    with _lock:
+        measurement = _sessions.setdefault(session, _Measurement())
+        if measurement.facts is not None and measurement.facts.key == key:
+            return measurement.facts
+        if measurement.failed == key:
+            return None
+        if measurement.thread is None or not measurement.thread.is_alive():
+            measurement.thread = threading.Thread(target=_measure, args=(weakref.ref(session), measurement, key),
+                                                  name="genie-facts", daemon=True)
+            measurement.thread.start()
+        thread = measurement.thread
+    if wait:
+        thread.join()
+        facts = measurement.facts
+        return facts if facts is not None and facts.key == key else None
+    return None
+
+
+def _measure(session_ref: weakref.ref[Session], measurement: _Measurement, key: tuple[str, ...]) -> None:
+    session = session_ref()
+    if session is None or session.closed:
+        return
+    try:
+        hardware = session.hardware()
+        lanes = session.lanes()
+    except GenieError as error:
+        log.info("workers could not be measured, graphs stay on one each: %s", error)
+        measurement.failed = key
+        return
+    names = [link.name for link in session.links if link.key in key and link.name in hardware]
+    measurement.facts = Facts(
+        key=key, workers=tuple(WorkerFacts(name=name, hardware=hardware[name], memory_bytes=hardware[name].memory_bytes)
+                               for name in names), lanes=lanes)

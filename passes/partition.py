@@ -1,0 +1,190 @@
+"""ATen graph -> which worker runs which node, by cost.
+
+    graph -> cost graph -> placement under the policy -> {node: worker}, and what else was considered
+
+A graph stays on one worker unless its parts are worth more apart: moving a tensor and speaking to one more worker cost
+time that the estimate must win back with a margin. Pure: facts about workers and lanes are passed in.
+"""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from genie_dynamo.core.cost_graph import CostGraph, Device
+from genie_dynamo.core.errors import PlacementError
+from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
+from genie_dynamo.core.placement import Placement, Policy
+from genie_dynamo.passes.costs.cost_graph import cost_graph
+from genie_dynamo.passes.facts import GraphFacts
+from genie_dynamo.passes.placement.interfaces import Limits, PlacementStrategy
+
+MARGIN = 0.85
+"""A cut must be estimated to take at most this share of the time that the best single worker takes."""
+
+MIN_GAIN_S = 0.5e-3
+"""And to win at least this much: what one more worker costs a call in messages and wake-ups."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFacts:
+    """One worker as placement sees it."""
+
+    name: str
+    hardware: HardwareFacts
+    memory_bytes: int | None = None          # what it may hold; None: not known, no limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """A way to place the graph that was considered."""
+
+    name: str
+    est_s: float | None                      # None where it is impossible
+    chosen: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """Workers for the nodes of one graph. `workers` are names; `assign` holds positions in it."""
+
+    workers: tuple[str, ...]
+    assign: Mapping[str, int]
+    seconds: Mapping[str, float]             # estimate of each node where it was placed
+    bytes_out: Mapping[str, int]             # size of each node's result
+    memory_bytes: Mapping[str, int]
+    est_s: float                             # of a call, messages to and from the client not counted
+    alternatives: tuple[Alternative, ...]
+    placement: Placement | None              # None where one worker was chosen
+
+
+def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
+              policy: Policy, strategy: PlacementStrategy, limits: Limits, *,
+              symbol_values: Mapping[str, int] | None = None) -> Partition:
+    """Place the graph.
+
+    Under max_throughput a cut competes with whole calls on whichever worker is free, since that moves nothing.
+
+    Args:    workers: in the order in which the plan numbers them.  lanes: those between workers count.
+             symbol_values: sizes of this call, for dynamic graphs.
+    Raises:  PlacementError where it fits on no worker and in no cut; the message has the numbers.
+    """
+    devices = [_device(worker, lanes) for worker in workers]
+    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    plain = cost_graph(gm, devices, {w.name: w.hardware for w in workers}, symbol_values,
+                       static_inputs=[names[i] for i in facts.static_inputs], backward=facts.kind == "backward")
+    graph = CostGraph.from_json(plain)
+    alternatives = [_single(graph, device) for device in devices]
+    possible = [a for a in alternatives if a.est_s is not None]
+    best = min(possible, key=lambda a: a.est_s or 0.0) if possible else None
+    rival = best
+    if policy == "max_throughput" and len(possible) > 1:
+        rival = _spread(possible)
+        alternatives.append(rival)
+    placed: Placement | None = None
+    try:
+        placed = strategy.place(graph, devices, policy, limits)
+        cut = _cut(graph, placed)
+    except PlacementError as error:
+        if best is None:
+            raise
+        cut = Alternative(name="cut", est_s=None, chosen=False, reason=str(error))
+    use_cut = placed is not None and _worth(placed, rival)
+    alternatives = _judged(alternatives, cut, rival, use_cut)
+    if use_cut:
+        assert placed is not None
+        device_of: Mapping[str, str] = _views_with_readers(gm, placed.device)
+    else:
+        assert best is not None
+        device_of = dict.fromkeys(graph.index, best.name)
+    used = [w.name for w in workers if w.name in set(device_of.values())]
+    number = {name: index for index, name in enumerate(used)}
+    size = {edge.src: edge.size_bytes or 0 for edge in graph.edges}
+    return Partition(
+        workers=tuple(used), assign={node: number[device] for node, device in device_of.items()},
+        seconds={n.id: n.seconds[device_of[n.id]] or 0.0 for n in graph.nodes}, bytes_out=size,
+        memory_bytes={n.id: n.memory_bytes for n in graph.nodes},
+        est_s=next(a.est_s for a in alternatives if a.chosen) or 0.0,
+        alternatives=tuple(alternatives), placement=placed if use_cut else None)
+
+
+def _device(worker: WorkerFacts, lanes: Sequence[LinkFacts]) -> Device:
+    """The worker with its slowest lane to another worker."""
+    own = [lane for lane in lanes if worker.name in (lane.start, lane.end) and "client" not in (lane.start, lane.end)]
+    return Device(
+        id=worker.name, kind=worker.name, memory_bytes=worker.memory_bytes,
+        network_gbps=min((lane.bytes_per_s for lane in own), default=1e9) * 8 / 1e9,
+        network_latency_s=max((lane.latency_s for lane in own), default=1e-4))
+
+
+def _single(graph: CostGraph, device: Device) -> Alternative:
+    """All of it on one worker."""
+    cannot = [node.id for node in graph.nodes if node.seconds.get(device.kind) is None]
+    held = sum(node.memory_bytes for node in graph.nodes)
+    if cannot:
+        return Alternative(name=device.id, est_s=None, chosen=False,
+                           reason=f"it cannot run {cannot[0]} and {len(cannot) - 1} more nodes")
+    if device.memory_bytes is not None and held > device.memory_bytes:
+        return Alternative(name=device.id, est_s=None, chosen=False,
+                           reason=f"the graph holds {held / 2**30:.2f} GiB, {device.id} has "
+                                  f"{device.memory_bytes / 2**30:.2f} GiB")
+    seconds = sum(node.seconds[device.kind] or 0.0 for node in graph.nodes)
+    return Alternative(name=device.id, est_s=seconds, chosen=False, reason="")
+
+
+def _spread(possible: Sequence[Alternative]) -> Alternative:
+    """Whole calls on whichever worker is free: each worker carries its part of the calls, and nothing moves."""
+    rate = sum(1 / max(a.est_s or 0.0, 1e-12) for a in possible)
+    return Alternative(name=f"whole calls spread over {len(possible)} workers", est_s=1 / rate, chosen=False,
+                       reason="seconds per call while several calls run")
+
+
+def _cut(graph: CostGraph, placed: Placement) -> Alternative:
+    moved = sum(edge.size_bytes or 0 for edge in {e.src: e for e in graph.edges
+                                                  if placed.device[e.src] != placed.device[e.dst]}.values())
+    count = len(set(placed.device.values()))
+    return Alternative(name=f"cut over {count} workers ({placed.method})",
+                       est_s=placed.makespan_s or placed.objective_value, chosen=False,
+                       reason=f"{moved / 1e6:.3g} MB move between workers")
+
+
+def _worth(placed: Placement, best: Alternative | None) -> bool:
+    if len(set(placed.device.values())) < 2:
+        return best is None
+    if best is None or best.est_s is None:
+        return True
+    cut_s = placed.objective_value if placed.policy == "max_throughput" else placed.makespan_s or placed.objective_value
+    if placed.policy == "min_cost":
+        return True        # the objective weighs the price itself
+    return cut_s <= MARGIN * best.est_s and best.est_s - cut_s >= MIN_GAIN_S
+
+
+def _views_with_readers(gm: fx.GraphModule, device_of: Mapping[str, str]) -> dict[str, str]:
+    """A view of an input costs nothing anywhere: it is made where it is read, so that the input goes there alone."""
+    chosen = dict(device_of)
+    for node in reversed(gm.graph.nodes):
+        readers = {chosen[user.name] for user in node.users if user.name in chosen}
+        if (node.name in chosen and len(readers) == 1 and all(i.op == "placeholder" for i in node.all_input_nodes)
+                and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view):
+            chosen[node.name] = readers.pop()
+    return chosen
+
+
+def _judged(singles: Sequence[Alternative], cut: Alternative, best: Alternative | None,
+            use_cut: bool) -> list[Alternative]:
+    rows = []
+    for row in itertools.chain(singles, [cut]):
+        chosen = row is cut if use_cut else row is best
+        reason = row.reason
+        if not chosen and row.est_s is not None and best is not None and best.est_s is not None:
+            winner_s = cut.est_s if use_cut and cut.est_s is not None else best.est_s
+            less = f"{row.est_s * 1e3:.3g} ms against {winner_s * 1e3:.3g} ms"
+            margin = "" if use_cut or row is not cut else f", and a cut must win {1 - MARGIN:.0%} and " \
+                                                          f"{MIN_GAIN_S * 1e3:g} ms"
+            reason = "; ".join(filter(None, (less + margin, reason)))
+        rows.append(Alternative(name=row.name, est_s=row.est_s, chosen=chosen, reason=reason))
+    return rows

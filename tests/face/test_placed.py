@@ -1,0 +1,103 @@
+"""Graphs that are placed by cost over two real workers: what eager gives, forward, backward and with random ops."""
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import genie_dynamo as genie
+from genie_dynamo import sessions, worker_facts
+from tests.passes.test_partition import WORKERS, Towers, lane
+
+
+def known(session: Any, *, wait: bool = False) -> worker_facts.Facts:
+    """Facts that do not depend on the machine, so that neither do the plans."""
+    return worker_facts.Facts(key=worker_facts.incarnations(session), workers=WORKERS, lanes=(lane(),))
+
+
+@pytest.fixture(autouse=True)
+def two_workers(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Iterator[None]:
+    monkeypatch.setattr(worker_facts, "facts_of", known)
+    genie.init(workers=2, num_threads=1, strict=True)
+    yield
+    genie.shutdown()
+    sessions._config = None
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(256, 512), torch.randn(256, 512)
+
+
+def calls() -> dict[str, int]:
+    return {name: row["calls"] for name, row in genie.get_stats()["workers"].items()}
+
+
+def test_towers_run_side_by_side_and_give_what_eager_gives() -> None:
+    model, (x, y) = Towers().eval(), inputs()
+    compiled = torch.compile(model, backend="genie")
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x, y), model(x, y), rtol=0, atol=0)
+    assert calls() == {"w0": 3, "w1": 3}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_training_gives_eagers_gradients_and_numbers(dropout: float) -> None:
+    model, (x, y) = Towers(dropout=dropout).train(), inputs()
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="genie")
+    for step in range(2):
+        losses = []
+        for run in (compiled, reference):
+            torch.manual_seed(step)
+            loss = run(x, y).square().mean()
+            loss.backward()
+            losses.append((loss.detach(), torch.rand(1)))
+        torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
+    for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-7)
+    assert min(calls().values()) == 4
+
+
+def test_a_worker_that_dies_is_replaced_and_the_graph_goes_on() -> None:
+    model, (x, y) = Towers().eval(), inputs()
+    compiled = torch.compile(model, backend="genie")
+    with torch.no_grad():
+        expected = compiled(x, y)
+        link = genie.session().links[1]
+        assert link.embedded is not None
+        link.embedded.process.kill()
+        link.embedded.process.wait()
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x, y), expected, rtol=0, atol=0)
+
+
+def test_explain_shows_fragments_alternatives_and_what_was_measured(tmp_path: Path) -> None:
+    model, (x, y) = Towers().eval(), inputs()
+    with torch.no_grad():
+        found = genie.explain(model, x, y)
+    (graph,) = found.graphs
+    assert [f.worker for f in graph.fragments] == ["w0", "w1", "w0"]
+    assert all(f.measured_s and f.est_s for f in graph.fragments)
+    assert sum(a.chosen for a in graph.alternatives) == 1
+    text = str(found)
+    assert "considered:" in text and "come from w1" in text
+    document = json.loads(found.to_json())
+    assert document["version"] == 1 and len(document["graphs"][0]["fragments"]) == 3
+    page = tmp_path / "plan.html"
+    found.to_html(page)
+    written = page.read_text()
+    assert "<svg" in written and "http" not in written and "needs nothing from other workers" in written
+
+
+def test_explain_puts_the_generator_back() -> None:
+    model, (x, y) = Towers(dropout=0.5).train(), inputs()
+    before = torch.get_rng_state()
+    genie.explain(model, x, y)
+    assert torch.equal(torch.get_rng_state(), before)
