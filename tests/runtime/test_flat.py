@@ -366,3 +366,13 @@ def test_python_overhead_of_a_small_mlp() -> None:
     finally:
         torch.set_num_threads(threads)
     assert ours - ops < 20e-6, f"{1e6 * ours:.1f} us a run, {1e6 * ops:.1f} us of it the ops themselves"
+
+
+def test_a_timed_run_gives_the_seconds_of_each_node() -> None:
+    """By a clock that ticks once per reading: a node takes its own step, and one where its arguments are freed."""
+    captured = PROGRAMS["mlp"].graphs()[0]
+    plan = FlatPlan(lower_whole(captured.gm).spec, device=torch.device("cpu"))
+    ticks = iter(range(10_000))
+    seconds = plan.run_timed(copies(captured.inputs), clock=lambda: float(next(ticks)))
+    assert list(seconds) == [node.name for node in plan.spec.nodes]
+    assert min(seconds.values()) >= 1 and sum(seconds.values()) == next(ticks) - 1
