@@ -20,10 +20,19 @@ _WHERE = {
     "set_log_level": "genie_dynamo.sessions",
     "Session": "genie_dynamo.runtime.client.session",
     "Config": "genie_dynamo.core.config",
+    "CostGraph": "genie_dynamo.core.cost_graph",
+    "CostNode": "genie_dynamo.core.cost_graph",
+    "CostEdge": "genie_dynamo.core.cost_graph",
+    "Device": "genie_dynamo.core.cost_graph",
+    "Placement": "genie_dynamo.core.placement",
+    "place": "genie_dynamo.placing",
+    "Scheduler": "genie_dynamo.placing",
+    "CostModel": "genie_dynamo.passes.placement.interfaces",
+    "PlacementStrategy": "genie_dynamo.passes.placement.interfaces",
 }
 _ERRORS = (
-    "GenieError", "ConfigError", "PlanError", "UnsupportedGraphError", "SessionError", "SessionClosedError",
-    "SessionExpiredError", "WorkerError", "WorkerUnreachableError", "WorkerLostError", "WorkerTimeoutError",
+    "GenieError", "ConfigError", "CostGraphError", "PlacementError", "PlanError", "UnsupportedGraphError",
+    "SessionError", "SessionClosedError", "SessionExpiredError", "WorkerError", "WorkerUnreachableError", "WorkerLostError", "WorkerTimeoutError",
     "WorkerMemoryError", "WorkerBusyError", "RemoteExecutionError", "ProtocolError", "VersionMismatchError",
     "MessageLimitError", "StaleHandleError", "AuthenticationError",
 )
@@ -34,7 +43,16 @@ __all__ = ["__version__", *_WHERE]
 if TYPE_CHECKING:
     from genie_dynamo.compiling import compile as compile
     from genie_dynamo.core.config import Config as Config
+    from genie_dynamo.core.cost_graph import CostEdge as CostEdge
+    from genie_dynamo.core.cost_graph import CostGraph as CostGraph
+    from genie_dynamo.core.cost_graph import CostNode as CostNode
+    from genie_dynamo.core.cost_graph import Device as Device
     from genie_dynamo.core.errors import *  # noqa: F403
+    from genie_dynamo.core.placement import Placement as Placement
+    from genie_dynamo.passes.placement.interfaces import CostModel as CostModel
+    from genie_dynamo.passes.placement.interfaces import PlacementStrategy as PlacementStrategy
+    from genie_dynamo.placing import Scheduler as Scheduler
+    from genie_dynamo.placing import place as place
     from genie_dynamo.runtime.client.session import Session as Session
     from genie_dynamo.sessions import get_stats as get_stats
     from genie_dynamo.sessions import init as init

@@ -1,0 +1,1 @@
+"""Cost graph -> placement: exact evaluation of three policies, heuristics, and an exact solver where it is installed."""

@@ -1,0 +1,123 @@
+"""The policy min_latency: list schedules, annealing, then the exact solver, within the time given."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from genie_dynamo.passes.placement import exact_makespan, solver
+from genie_dynamo.passes.placement.deadline import Deadline
+from genie_dynamo.passes.placement.list_schedule import earliest_finish
+from genie_dynamo.passes.placement.loads import compute_bound, fits
+from genie_dynamo.passes.placement.makespan_search import MakespanSearch
+from genie_dynamo.passes.placement.packing import single_device
+from genie_dynamo.passes.placement.problem import Ints, Problem
+from genie_dynamo.passes.placement.throughput import NOT_INSTALLED, PROVEN, first_loads
+from genie_dynamo.passes.placement.timeline import Schedule, Timeline, critical_path_s, serial_schedule
+
+_S_PER_SCHEDULE = 9e-6         # per node and edge, about
+_S_PER_CHOICE = 3e-6           # a list schedule, per device and node or edge
+_QUICK_STEPS = 9_000           # nodes and edges that quick annealing schedules in all
+_MAX_QUICK_TRIES = 400
+_ROUND_S = 4.0
+
+
+@dataclass(slots=True, kw_only=True)
+class FoundSchedule:
+    """The best so far, and how it came about."""
+
+    device_A: Ints
+    schedule: Schedule
+    lower_bound: float
+    method: str
+
+    def take(self, device_A: Ints, schedule: Schedule, method: str) -> None:
+        if schedule.makespan_s < self.schedule.makespan_s * (1 - 1e-12):
+            self.device_A, self.schedule, self.method = device_A, schedule, method
+
+    @property
+    def proven(self) -> bool:
+        return self.schedule.makespan_s <= self.lower_bound * (1 + PROVEN)
+
+
+def best_makespan(problem: Problem, deadline: Deadline, *, exact: bool | None, seed: int) -> FoundSchedule:
+    """A placement with a short makespan. Arguments and errors are those of `best_loads`."""
+    found, timeline = _first(problem, deadline, seed)
+    if deadline.allows(problem.graph_size * 1e-5):
+        found.lower_bound = max(critical_path_s(problem), compute_bound(problem))
+    if problem.num_devices == 1:
+        found.lower_bound = found.schedule.makespan_s
+    if found.proven or timeline is None:
+        return found
+    tries = min(_MAX_QUICK_TRIES, _QUICK_STEPS // max(1, problem.graph_size))
+    if tries and deadline.allows(problem.graph_size * _S_PER_SCHEDULE):
+        _anneal(timeline, found, deadline, seed, tries)
+    if exact is not True and deadline.limit_s is None:
+        return found
+    if exact is not True and not found.proven and not deadline.passed():
+        _anneal(timeline, found, deadline.slice(min(_ROUND_S, 0.25 * deadline.left_s())), seed + 1)
+    if exact is not False and not found.proven and not deadline.passed():
+        _solve(timeline, found, deadline if exact else deadline.slice(0.7 * deadline.left_s()), seed)
+    rounds = 1
+    while not found.proven and deadline.limit_s is not None and not deadline.passed():
+        rounds += 1
+        _anneal(timeline, found, deadline.slice(_ROUND_S), seed + rounds)
+    return found
+
+
+def _first(problem: Problem, deadline: Deadline, seed: int) -> tuple[FoundSchedule, Timeline | None]:
+    """The best of one device and of list schedules; what is good for throughput where memory refuses these."""
+    found: FoundSchedule | None = None
+    alone = single_device(problem)
+    if alone is not None:
+        schedule = serial_schedule(problem, int(alone[0]))
+        found = FoundSchedule(device_A=alone, schedule=schedule, lower_bound=0.0, method="one device")
+    schedule_s = problem.graph_size * _S_PER_SCHEDULE
+    choice_s = problem.graph_size * problem.num_devices * _S_PER_CHOICE + schedule_s
+    if found is not None and (problem.num_devices == 1 or not deadline.allows(choice_s + 2 * schedule_s)):
+        return found, None
+    timeline = Timeline(problem)
+    for device_A in _list_schedules(timeline):
+        schedule = timeline.run(timeline.devices_of_nodes(device_A))
+        if found is None:
+            found = FoundSchedule(device_A=device_A, schedule=schedule, lower_bound=0.0, method="list schedule")
+        found.take(device_A, schedule, "list schedule")
+        if not deadline.allows(2 * choice_s):
+            break
+    if found is None or deadline.allows(4 * choice_s):
+        loads = first_loads(problem, deadline, seed)
+        schedule = timeline.run(timeline.devices_of_nodes(loads.device_A))
+        if found is None:
+            found = FoundSchedule(device_A=loads.device_A, schedule=schedule, lower_bound=0.0, method=loads.method)
+        found.take(loads.device_A, schedule, loads.method)
+    return found, timeline
+
+
+def _list_schedules(timeline: Timeline) -> Iterator[Ints]:
+    for weight, look_ahead in ((1.0, False), (1.0, True), (0.0, False), (3.0, True)):
+        device_A = earliest_finish(timeline, weight, look_ahead)
+        if device_A is not None and fits(timeline.problem, device_A):
+            yield device_A
+
+
+def _anneal(timeline: Timeline, found: FoundSchedule, deadline: Deadline, seed: int, tries: int | None = None) -> None:
+    if not deadline.allows(2 * timeline.problem.graph_size * _S_PER_SCHEDULE):
+        return
+    search = MakespanSearch(timeline, found.device_A, seed)
+    # One more schedule must fit before time is up.
+    last_s = timeline.problem.graph_size * _S_PER_SCHEDULE
+    search.anneal(tries or 1 << 62, lambda: not deadline.allows(last_s), None if tries else deadline.share_left)
+    found.take(search.best_A, search.best, "annealing")
+
+
+def _solve(timeline: Timeline, found: FoundSchedule, deadline: Deadline, seed: int) -> None:
+    if not solver.installed():
+        found.method += NOT_INSTALLED
+        return
+    if not deadline.allows(2 * exact_makespan.time_to_build_s(timeline) + solver.time_to_load_s()):
+        return
+    answer, schedule = exact_makespan.solve(timeline, found.device_A, found.schedule, deadline, seed)
+    if answer.device_A is not None and schedule is not None:
+        found.take(np.asarray(answer.device_A), schedule, "exact (CP-SAT)")
+    found.lower_bound = max(found.lower_bound, min(answer.lower_bound, found.schedule.makespan_s))
