@@ -32,9 +32,9 @@ _WHERE = {
 }
 _ERRORS = (
     "GenieError", "ConfigError", "CostGraphError", "PlacementError", "PlanError", "UnsupportedGraphError",
-    "SessionError", "SessionClosedError", "SessionExpiredError", "WorkerError", "WorkerUnreachableError", "WorkerLostError", "WorkerTimeoutError",
-    "WorkerMemoryError", "WorkerBusyError", "RemoteExecutionError", "ProtocolError", "VersionMismatchError",
-    "MessageLimitError", "StaleHandleError", "AuthenticationError",
+    "SessionError", "SessionClosedError", "SessionExpiredError", "WorkerError", "WorkerUnreachableError",
+    "WorkerLostError", "WorkerTimeoutError", "WorkerMemoryError", "WorkerBusyError", "RemoteExecutionError",
+    "ProtocolError", "VersionMismatchError", "MessageLimitError", "StaleHandleError", "AuthenticationError",
 )
 _WHERE |= dict.fromkeys(_ERRORS, "genie_dynamo.core.errors")
 

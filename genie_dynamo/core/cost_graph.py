@@ -122,7 +122,7 @@ class CostGraph:
             edges = [_edge(e) for e in parsed.get("edges", ())]
         except CostGraphError:
             raise
-        except (TypeError, ValueError, AttributeError) as exc:
+        except (TypeError, ValueError, AttributeError, OverflowError) as exc:
             raise CostGraphError(f"not a cost graph: {exc}") from exc
         return cls(nodes, edges)    # type: ignore[arg-type]  # __post_init__ makes tuples of them
 
@@ -183,7 +183,8 @@ def _checked_edges(edges: Iterable[CostEdge], index: Mapping[str, int]) -> tuple
             if end not in index:
                 raise CostGraphError(f"{where}: there is no node {end!r}", node=end)
         if (edge.size_bytes is None) == (edge.seconds is None):
-            raise CostGraphError(f"{where} needs either bytes or seconds, not {'none' if edge.seconds is None else 'both'}")
+            given = "neither" if edge.seconds is None else "both"
+            raise CostGraphError(f"{where} needs bytes or seconds; {given} is given")
         _check_amount(edge.size_bytes, f"{where}: bytes", none=True)
         _check_amount(edge.seconds, f"{where}: seconds", none=True)
         first = tensor.setdefault(edge.src, edge)

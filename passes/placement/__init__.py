@@ -1,1 +1,1 @@
-"""Cost graph -> placement: exact evaluation of three policies, heuristics, and an exact solver where it is installed."""
+"""Cost graph -> placement: three policies evaluated exactly, heuristics, and an exact solver where one is installed."""

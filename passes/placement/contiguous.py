@@ -69,7 +69,9 @@ def _blocks(problem: Problem, order_A: Ints, blocks: int) -> tuple[Ints, int]:
         return block_A, problem.num_atoms
     weight = problem.seconds_AD.min(axis=1)[order_A]
     total = weight.sum()
-    share = 1.0 / problem.num_atoms + (weight / total if total > 0 else 0.0)
+    share: Floats = np.full(len(order_A), 1.0 / problem.num_atoms)
+    if total > 0:
+        share += weight / total
     number = np.minimum((np.cumsum(share) - share / 2) / share.sum() * blocks, blocks - 1).astype(np.int64)
     _, dense = np.unique(number, return_inverse=True)
     block_A[order_A] = dense

@@ -20,7 +20,7 @@ from genie_dynamo.passes.placement.timeline import Schedule, critical_path_s
 
 _S_PER_HOUR = 3600.0
 _MAX_SETS = 512
-_QUICK_SETS = 12
+_MAX_LOOKS = 24
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +43,7 @@ class _Candidate:
     devices: tuple[int, ...]
     price: float                # of all of them, per second
     least_s: float              # no makespan on them is below this
+    seen: float = np.inf        # the least cost found on them
 
     @property
     def bound(self) -> float:
@@ -66,27 +67,46 @@ def best_cost(problem: Problem, deadline: Deadline, *, latency_bound_s: float | 
         if device.price_per_hour is None:
             raise ConfigError(f"min_cost needs price_per_hour of every device; {device.id!r} has none")
     bound_s = np.inf if latency_bound_s is None else latency_bound_s
-    fastest = best_makespan(problem, _part(deadline, 0.25), exact=exact, seed=seed)
-    if fastest.lower_bound > bound_s:
-        raise _too_slow(fastest, bound_s)
     sets, complete = _device_sets(problem, deadline)
     sets.sort(key=lambda c: (c.bound, len(c.devices)))
-    found = _priced(problem, fastest, bound_s, None)
-    left = [c for c in sets if c.least_s <= bound_s]
-    for number, candidate in enumerate(left):
-        if deadline.passed() or (deadline.limit_s is None and number >= _QUICK_SETS):
-            break
-        if found is not None and candidate.bound >= found.value * (1 - PROVEN):
-            break
-        found = _try_set(problem, candidate, found, bound_s, _part(deadline, 0.5), exact, seed)
+    found: FoundCost | None = None
+    path_s = critical_path_s(problem)
+    if latency_bound_s is not None:
+        fastest = best_makespan(problem, deadline.part(0.25), exact=exact, seed=seed)
+        path_s = max(path_s, fastest.lower_bound)
+        found = _priced(problem, fastest, bound_s, None)
+        if path_s > bound_s:
+            raise _too_slow(fastest, bound_s)
+    found = _first_looks(problem, sets, found, bound_s, deadline, seed)
+    if exact or not deadline.quick:
+        found = _second_looks(problem, sets, found, bound_s, deadline, exact, seed)
     if found is None:
-        raise _too_slow(fastest, bound_s)
-    found.lower_bound = min(found.value, _lower_bound(problem, sets if complete else [], bound_s, fastest))
+        raise _too_slow(best_makespan(problem, deadline, exact=False, seed=seed), bound_s)
+    found.lower_bound = min(found.value, _lower_bound(problem, sets if complete else [], bound_s, path_s))
     return found
 
 
-def _part(deadline: Deadline, share: float) -> Deadline:
-    return deadline if deadline.limit_s is None else deadline.slice(share * deadline.left_s())
+def _first_looks(problem: Problem, sets: list[_Candidate], found: FoundCost | None, bound_s: float,
+                 deadline: Deadline, seed: int) -> FoundCost | None:
+    """Each set that may be better, quickly."""
+    for candidate in sets[:_MAX_LOOKS]:
+        if found is not None and (candidate.bound >= found.value * (1 - PROVEN) or deadline.passed()):
+            break
+        if candidate.least_s <= bound_s:
+            found = _try_set(problem, candidate, found, bound_s, deadline.part(0.3, quick=True), False, seed)
+    return found
+
+
+def _second_looks(problem: Problem, sets: list[_Candidate], found: FoundCost | None, bound_s: float,
+                  deadline: Deadline, exact: bool | None, seed: int) -> FoundCost | None:
+    """The sets that may still be better, with half of the time left for each in turn."""
+    for candidate in sorted(sets, key=lambda c: (c.seen, c.bound)):
+        if deadline.passed():
+            break
+        if candidate.least_s > bound_s or (found is not None and candidate.bound >= found.value * (1 - PROVEN)):
+            continue
+        found = _try_set(problem, candidate, found, bound_s, deadline.part(0.5), exact, seed)
+    return found
 
 
 def _try_set(problem: Problem, candidate: _Candidate, found: FoundCost | None, bound_s: float, deadline: Deadline,
@@ -98,6 +118,7 @@ def _try_set(problem: Problem, candidate: _Candidate, found: FoundCost | None, b
         best = best_makespan(part, deadline, exact=exact, seed=seed)
     except PlacementError:      # whole groups do not fit this set; another one may do
         return found
+    candidate.seen = min(candidate.seen, best.schedule.makespan_s * candidate.price)
     candidate.least_s = max(candidate.least_s, best.lower_bound)
     best.device_A = np.asarray(candidate.devices)[best.device_A]
     best.schedule = Schedule(
@@ -137,11 +158,10 @@ def _least_s(problem: Problem, devices: tuple[int, ...]) -> float:
     return float(max(seconds.max(initial=0.0), seconds.sum() / len(devices)) * (1 - 1e-12))
 
 
-def _lower_bound(problem: Problem, sets: list[_Candidate], bound_s: float, fastest: FoundSchedule) -> float:
+def _lower_bound(problem: Problem, sets: list[_Candidate], bound_s: float, path_s: float) -> float:
     """No placement within the latency bound costs less. `sets`: all that can do, or none."""
     prices = np.array([d.price_per_hour or 0.0 for d in problem.devices]) / _S_PER_HOUR
     computed = np.where(np.isfinite(problem.seconds_AD), problem.seconds_AD * prices, np.inf).min(axis=1).sum()
-    path_s = max(fastest.lower_bound, critical_path_s(problem)) if problem.num_atoms else 0.0
     least = float(max(computed * (1 - 1e-12), prices.min() * path_s * (1 - 1e-12)))
     usable = [c.price * max(c.least_s, path_s) * (1 - 1e-12) for c in sets if c.least_s <= bound_s]
     return max(least, min(usable, default=0.0))

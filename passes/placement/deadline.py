@@ -7,11 +7,12 @@ Clock = Callable[[], float]
 
 
 class Deadline:
-    """`limit_s` None: no limit, and searches do a fixed amount of work instead."""
+    """`limit_s` None: no limit. `quick`: searches do a fixed, short amount of work though there is time for more."""
 
-    def __init__(self, clock: Clock, limit_s: float | None) -> None:
+    def __init__(self, clock: Clock, limit_s: float | None, *, quick: bool = False) -> None:
         self._clock, self._started = clock, clock()
         self.limit_s = limit_s
+        self.quick = quick or limit_s is None
 
     def spent_s(self) -> float:
         return self._clock() - self._started
@@ -26,9 +27,11 @@ class Deadline:
         """Whether a step of about this length ends in time."""
         return needed_s <= self.left_s()
 
-    def slice(self, seconds: float) -> Deadline:
-        """A deadline from now, no later than this one. `seconds` is finite: no limit is no slice."""
-        return Deadline(self._clock, min(seconds, self.left_s()))
+    def part(self, share: float, most_s: float = float("inf"), *, quick: bool = False) -> Deadline:
+        """A deadline from now over a share of the time left, and at most `most_s`; no limit stays none."""
+        limit_s = None if self.limit_s is None else min(share * self.left_s(), most_s)
+        return Deadline(self._clock, limit_s, quick=quick or self.quick)
 
     def share_left(self) -> float:
-        return 1.0 if self.limit_s is None else max(0.0, self.left_s() / self.limit_s) if self.limit_s else 0.0
+        """From 1 at the start down to 0 at the limit."""
+        return 1.0 if not self.limit_s else max(0.0, self.left_s() / self.limit_s)

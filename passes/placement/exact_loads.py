@@ -1,4 +1,4 @@
-"""max_throughput as a CP-SAT model: optimal with proof where the graph is small enough, else a bound and better loads."""
+"""max_throughput as a CP-SAT model: the best load with proof where that can be, else a bound and a better load."""
 from __future__ import annotations
 
 from typing import Any
@@ -21,7 +21,7 @@ def time_to_build_s(problem: Problem) -> float:
 
 
 def solve(problem: Problem, known_A: Ints | None, value: float, deadline: Deadline, seed: int) -> solver.Solution:
-    """A placement whose largest load is below `value`, which `known_A` has; with known_A None, any that obeys limits."""
+    """A placement with a largest load below `value`, which `known_A` has; with known_A None, any that obeys limits."""
     from ortools.sat.python import cp_model
 
     model = cp_model.CpModel()

@@ -1,6 +1,7 @@
 """The policy min_latency: list schedules, annealing, then the exact solver, within the time given."""
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,14 +14,16 @@ from genie_dynamo.passes.placement.loads import compute_bound, fits
 from genie_dynamo.passes.placement.makespan_search import MakespanSearch
 from genie_dynamo.passes.placement.packing import single_device
 from genie_dynamo.passes.placement.problem import Ints, Problem
-from genie_dynamo.passes.placement.throughput import NOT_INSTALLED, PROVEN, first_loads
+from genie_dynamo.passes.placement.throughput import PROVEN, first_loads
 from genie_dynamo.passes.placement.timeline import Schedule, Timeline, critical_path_s, serial_schedule
 
 _S_PER_SCHEDULE = 9e-6         # per node and edge, about
 _S_PER_CHOICE = 3e-6           # a list schedule, per device and node or edge
 _QUICK_STEPS = 9_000           # nodes and edges that quick annealing schedules in all
-_MAX_QUICK_TRIES = 400
+_MIN_QUICK_TRIES, _MAX_QUICK_TRIES = 8, 400
+_FEW_SCHEDULES = 1500          # nodes and edges from which on quick planning makes fewer list schedules
 _ROUND_S = 4.0
+_VARIANTS = ((1.0, False), (1.0, True), (0.0, False), (3.0, True))      # of list schedules: see earliest_finish
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,18 +54,18 @@ def best_makespan(problem: Problem, deadline: Deadline, *, exact: bool | None, s
     if found.proven or timeline is None:
         return found
     tries = min(_MAX_QUICK_TRIES, _QUICK_STEPS // max(1, problem.graph_size))
-    if tries and deadline.allows(problem.graph_size * _S_PER_SCHEDULE):
+    if tries >= _MIN_QUICK_TRIES:
         _anneal(timeline, found, deadline, seed, tries)
-    if exact is not True and deadline.limit_s is None:
+    if deadline.quick and exact is not True:
         return found
-    if exact is not True and not found.proven and not deadline.passed():
-        _anneal(timeline, found, deadline.slice(min(_ROUND_S, 0.25 * deadline.left_s())), seed + 1)
+    if exact is not True and not found.proven:
+        _anneal(timeline, found, deadline.part(0.25, _ROUND_S), seed + 1)
     if exact is not False and not found.proven and not deadline.passed():
-        _solve(timeline, found, deadline if exact else deadline.slice(0.7 * deadline.left_s()), seed)
-    rounds = 1
-    while not found.proven and deadline.limit_s is not None and not deadline.passed():
-        rounds += 1
-        _anneal(timeline, found, deadline.slice(_ROUND_S), seed + rounds)
+        _solve(timeline, found, deadline if exact else deadline.part(0.7), seed)
+    for number in itertools.count(2):
+        if exact or found.proven or not deadline.allows(2 * problem.graph_size * _S_PER_SCHEDULE):
+            break
+        _anneal(timeline, found, deadline.part(1.0, _ROUND_S), seed + number)
     return found
 
 
@@ -78,7 +81,8 @@ def _first(problem: Problem, deadline: Deadline, seed: int) -> tuple[FoundSchedu
     if found is not None and (problem.num_devices == 1 or not deadline.allows(choice_s + 2 * schedule_s)):
         return found, None
     timeline = Timeline(problem)
-    for device_A in _list_schedules(timeline):
+    few = deadline.quick and problem.graph_size > _FEW_SCHEDULES
+    for device_A in _list_schedules(timeline, _VARIANTS[:2] if few else _VARIANTS):
         schedule = timeline.run(timeline.devices_of_nodes(device_A))
         if found is None:
             found = FoundSchedule(device_A=device_A, schedule=schedule, lower_bound=0.0, method="list schedule")
@@ -94,8 +98,8 @@ def _first(problem: Problem, deadline: Deadline, seed: int) -> tuple[FoundSchedu
     return found, timeline
 
 
-def _list_schedules(timeline: Timeline) -> Iterator[Ints]:
-    for weight, look_ahead in ((1.0, False), (1.0, True), (0.0, False), (3.0, True)):
+def _list_schedules(timeline: Timeline, variants: tuple[tuple[float, bool], ...]) -> Iterator[Ints]:
+    for weight, look_ahead in variants:
         device_A = earliest_finish(timeline, weight, look_ahead)
         if device_A is not None and fits(timeline.problem, device_A):
             yield device_A
@@ -113,7 +117,6 @@ def _anneal(timeline: Timeline, found: FoundSchedule, deadline: Deadline, seed: 
 
 def _solve(timeline: Timeline, found: FoundSchedule, deadline: Deadline, seed: int) -> None:
     if not solver.installed():
-        found.method += NOT_INSTALLED
         return
     if not deadline.allows(2 * exact_makespan.time_to_build_s(timeline) + solver.time_to_load_s()):
         return

@@ -16,7 +16,8 @@ from genie_dynamo.passes.placement.loads import device_loads
 from genie_dynamo.passes.placement.problem import Ints, Problem
 
 _CHECK_EVERY = 32        # moves between looks at the clock
-_HOT, _COLD = 0.03, 0.0002    # temperatures, as shares of the largest load at the start
+_HOTTEST, _COOLING = 0.03, 0.007   # first temperature at most, as a share of the largest load; last over first
+_MOVES_OF_HEAT = 2.0     # first temperature in mean atoms: in a large graph one move changes little
 _POWER = 12              # the smooth maximum is the norm of this order
 
 Shares = tuple[tuple[int, float], ...]
@@ -158,20 +159,21 @@ class LoadSearch:
             return False
         entered = self.best_value
         energy = self._energy(self._loads, scale)
-        heat = _HOT
+        mean = math.fsum(min(row) for row in self._seconds) / len(self._seconds)
+        hot = heat = min(_HOTTEST, _MOVES_OF_HEAT * mean / scale) or _HOTTEST
         for step in range(moves):
             if step % _CHECK_EVERY == 0:
                 if out_of_time():
                     break
                 left = 1 - step / moves if fraction_left is None else fraction_left()
-                heat = _COLD * (_HOT / _COLD) ** max(0.0, left)
+                heat = hot * _COOLING ** (1 - left)
             energy = self._step(energy, scale, heat)
         # Sums of many changes drift: what is reported is counted anew.
         self.best_value = float(device_loads(self._problem, self.best_A).max())
         return self.best_value < entered
 
     def _energy(self, loads: list[float], scale: float) -> float:
-        return math.fsum((max(load, 0.0) / scale) ** _POWER for load in loads) ** (1 / _POWER)
+        return math.pow(sum([math.pow(load / scale, _POWER) for load in loads]), 1 / _POWER)
 
     def _step(self, energy: float, scale: float, heat: float) -> float:
         proposal = self._propose()

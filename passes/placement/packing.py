@@ -20,7 +20,7 @@ def single_device(problem: Problem) -> Ints | None:
 
 
 def pack(problem: Problem, seed: int) -> Ints | None:
-    """Largest first, to the fastest device with room or the one with most room, with growing disorder; None: not found."""
+    """Largest first, by several rules for the device, in growing disorder; None where this found nothing."""
     if not problem.num_atoms:
         return np.zeros(0, dtype=np.int64)
     draw = random.Random(seed)

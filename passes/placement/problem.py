@@ -23,7 +23,7 @@ _GIB = 2**30
 class Problem:
     """N nodes in A atoms, D devices, T tensors that leave their atom.
 
-    A transfer of tensor t from device p to q takes fixed_s[t] + size_bytes[t] * s_per_byte[p, q] + sized[t] * latency_s[p, q].
+    Moving tensor t from device p to q takes fixed_s[t] + size_bytes[t] * s_per_byte[p, q] + sized[t] * latency_s[p, q].
     """
 
     graph: CostGraph
@@ -139,7 +139,7 @@ def _colocate(graph: CostGraph) -> Ints:
 
 def _assemble(graph: CostGraph, devices: tuple[Device, ...], node_seconds: Floats, atom_of: Ints) -> Problem:
     num_atoms = int(atom_of.max()) + 1 if len(atom_of) else 0
-    seconds = np.stack([np.bincount(atom_of, node_seconds[:, d], num_atoms) for d in range(len(devices))], axis=1)
+    seconds: Floats = np.stack([_sum_by(atom_of, node_seconds[:, d], num_atoms) for d in range(len(devices))], axis=1)
     node_memory = np.array([n.memory_bytes for n in graph.nodes], dtype=np.float64)
     pairs = np.array(graph.pairs, dtype=np.int64).reshape(-1, 2)
     fixed, size = np.full(len(graph.nodes), np.nan), np.full(len(graph.nodes), np.nan)
@@ -152,13 +152,17 @@ def _assemble(graph: CostGraph, devices: tuple[Device, ...], node_seconds: Float
     latency = np.array([d.network_latency_s or 0.0 for d in devices])
     return Problem(
         graph=graph, devices=devices, node_seconds_ND=node_seconds, atom_of_N=atom_of, seconds_AD=seconds,
-        memory_A=np.bincount(atom_of, node_memory, num_atoms),
+        memory_A=_sum_by(atom_of, node_memory, num_atoms),
         capacity_D=np.array([np.inf if d.memory_bytes is None else d.memory_bytes for d in devices]),
         pays_D=np.array([d.pays_transfers for d in devices]),
         s_per_byte_DD=1.0 / np.minimum.outer(bandwidth, bandwidth), latency_DD=np.maximum.outer(latency, latency),
         tensor_node_T=tensor_node, source_T=atom_of[tensor_node], fixed_s_T=np.nan_to_num(fixed[tensor_node]),
         size_bytes_T=np.nan_to_num(size[tensor_node]), sized_T=np.isfinite(size[tensor_node]).astype(np.float64),
         pin_tensor_P=pin_tensor, pin_atom_P=keys % max(1, num_atoms), classes=_classes(devices))
+
+
+def _sum_by(index: Ints, amount: Floats, size: int) -> Floats:
+    return np.bincount(index, amount, size).astype(np.float64)
 
 
 def _classes(devices: tuple[Device, ...]) -> tuple[tuple[int, ...], ...]:

@@ -6,6 +6,7 @@ times too; what it finds is evaluated anew with the real times.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ class Solution:
 
 def installed() -> bool:
     """Whether OR-tools can be imported."""
-    return "ortools" in sys.modules or importlib.util.find_spec("ortools") is not None
+    return importlib.util.find_spec("ortools") is not None
 
 
 def time_to_load_s() -> float:
@@ -69,13 +70,14 @@ def assignment(model: Any, problem: Problem) -> list[list[Any]]:
 
 
 def _by_weight(problem: Problem) -> list[int]:
-    return np.argsort(-problem.seconds_AD.min(axis=1), kind="stable")[:_SYMMETRIC_ATOMS].tolist()
+    order: list[int] = np.argsort(-problem.seconds_AD.min(axis=1), kind="stable").tolist()
+    return order[:_SYMMETRIC_ATOMS]
 
 
 def _break_symmetry(model: Any, problem: Problem, on: list[list[Any]], alike: tuple[int, ...]) -> None:
     """The k-th of identical devices holds a heavy atom only if the one before it holds a heavier one."""
     heavy = _by_weight(problem)
-    for before, device in zip(alike, alike[1:], strict=False):
+    for before, device in itertools.pairwise(alike):
         for i, atom in enumerate(heavy):
             model.add_bool_or([on[atom][device].negated(), *(on[b][before] for b in heavy[:i])])
 
@@ -91,7 +93,7 @@ def canonical(problem: Problem, device_A: Ints) -> Ints:
     return rename[device_A]
 
 
-def run(model: Any, deadline: Deadline, seed: int) -> tuple[Any, int]:
+def run(model: Any, deadline: Deadline, seed: int) -> tuple[Any, Any]:
     """Solve within the deadline: (solver, status)."""
     from ortools.sat.python import cp_model
 

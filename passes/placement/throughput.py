@@ -1,6 +1,7 @@
 """The policy max_throughput: intervals of good sequences, annealing, then the exact solver, within the time given."""
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +17,10 @@ from genie_dynamo.passes.placement.packing import pack, single_device
 from genie_dynamo.passes.placement.problem import Ints, Problem
 
 PROVEN = 2e-6                  # a gap that only rounding to the solver's integers explains
-NOT_INSTALLED = " (exact solver not installed)"
 _QUICK_MOVES = 3000
-_QUICK_MOVES_PER_ATOM = 4
+_QUICK_MOVES_PER_ATOM = 3
 _MAX_QUICK_MOVES = 60_000
-_BLOCKS = 160
+_BLOCKS = 256
 _S_PER_NODE_ORDER = 3e-6       # about what one more sequence takes, per node and edge
 _ROUND_S = 4.0                 # one annealing from hot to cold
 
@@ -58,19 +58,16 @@ def best_loads(problem: Problem, deadline: Deadline, *, exact: bool | None, seed
         return found
     moves = min(_MAX_QUICK_MOVES, max(_QUICK_MOVES, _QUICK_MOVES_PER_ATOM * problem.num_atoms))
     _anneal(problem, found, deadline, seed, moves=moves)
-    if exact is not True and deadline.limit_s is None:
+    if deadline.quick and exact is not True:
         return found
-    rounds = 0
-    if exact is not True and not found.proven and not deadline.passed():
-        _anneal(problem, found, deadline.slice(min(_ROUND_S, 0.25 * deadline.left_s())), seed + 1)
-    tried = False
-    while not found.proven and not deadline.passed():
-        rounds += 1
-        if exact is not False and not tried:
-            tried = True
-            _solve(problem, found, deadline if exact else deadline.slice(0.6 * deadline.left_s()), seed)
-            continue
-        _anneal(problem, found, deadline.slice(_ROUND_S), seed + 1 + rounds)
+    if exact is not True and not found.proven:
+        _anneal(problem, found, deadline.part(0.25, _ROUND_S), seed + 1)
+    if exact is not False and not found.proven and not deadline.passed():
+        _solve(problem, found, deadline if exact else deadline.part(0.6), seed)
+    for number in itertools.count(2):
+        if exact or found.proven or deadline.passed():
+            break
+        _anneal(problem, found, deadline.part(1.0, _ROUND_S), seed + number)
     return found
 
 
@@ -131,7 +128,6 @@ def _anneal(problem: Problem, found: Found, deadline: Deadline, seed: int, moves
 
 def _solve(problem: Problem, found: Found, deadline: Deadline, seed: int) -> None:
     if not solver.installed():
-        found.method += NOT_INSTALLED
         return
     labels = forced_together(problem, found.value)
     smaller = problem.contract(labels)

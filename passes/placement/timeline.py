@@ -74,7 +74,8 @@ class Timeline:
         return _Replay(self, device_N).schedule(sorted(tasks))
 
     def devices_of_nodes(self, device_A: Ints) -> list[int]:
-        return device_A[self.problem.atom_of_N].tolist()
+        devices: list[int] = device_A[self.problem.atom_of_N].tolist()
+        return devices
 
 
 class _Run:
