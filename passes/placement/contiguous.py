@@ -8,21 +8,24 @@ pins; "some" is a sum over the pin that comes first in the interval, so that eve
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 
 from genie_dynamo.passes.placement.problem import Floats, Ints, Problem
 
 _MAX_STATES = 96
+_MAX_CELLS = 1_000_000      # (i, j) that are looked at over all sets of used devices; fewer blocks where these are many
 
 
 def cut_sequence(problem: Problem, order_A: Ints, blocks: int) -> Ints | None:
     """Device of each atom; None where no such cut obeys the limits.
 
-    Args: order_A: atoms in sequence.  blocks: cuts are made only between this many pieces of about equal weight.
+    Args: order_A: atoms in sequence.  blocks: at most this many pieces of about equal weight, which stay whole.
     """
-    block_A, num_blocks = _blocks(problem, order_A, blocks)
     groups = _groups(problem)
+    steps = sum(math.prod(len(g) + (g is not last) for g in groups) for last in groups)
+    block_A, num_blocks = _blocks(problem, order_A, min(blocks, math.isqrt(_MAX_CELLS // steps)))
     load = [_interval_loads(problem, block_A, num_blocks, group[0]) for group in groups]
     start = tuple(0 for _ in groups)
     best = {start: np.where(np.arange(num_blocks + 1) == 0, 0.0, np.inf)}

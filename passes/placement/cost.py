@@ -20,7 +20,8 @@ from genie_dynamo.passes.placement.timeline import Schedule, critical_path_s
 
 _S_PER_HOUR = 3600.0
 _MAX_SETS = 512
-_MAX_LOOKS = 24
+_MIN_LOOKS, _MAX_LOOKS = 2, 24
+_LOOK_WORK = 60_000      # nodes and edges x devices that first looks go through in all
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,11 +90,12 @@ def best_cost(problem: Problem, deadline: Deadline, *, latency_bound_s: float | 
 def _first_looks(problem: Problem, sets: list[_Candidate], found: FoundCost | None, bound_s: float,
                  deadline: Deadline, seed: int) -> FoundCost | None:
     """Each set that may be better, quickly."""
-    for candidate in sets[:_MAX_LOOKS]:
+    looks = max(_MIN_LOOKS, min(_MAX_LOOKS, _LOOK_WORK // (problem.graph_size * problem.num_devices)))
+    usable = [c for c in sets if c.least_s <= bound_s]
+    for candidate in usable[:looks]:
         if found is not None and (candidate.bound >= found.value * (1 - PROVEN) or deadline.passed()):
             break
-        if candidate.least_s <= bound_s:
-            found = _try_set(problem, candidate, found, bound_s, deadline.part(0.3, quick=True), False, seed)
+        found = _try_set(problem, candidate, found, bound_s, deadline.part(0.3, quick=True), False, seed)
     return found
 
 
@@ -161,7 +163,9 @@ def _least_s(problem: Problem, devices: tuple[int, ...]) -> float:
 def _lower_bound(problem: Problem, sets: list[_Candidate], bound_s: float, path_s: float) -> float:
     """No placement within the latency bound costs less. `sets`: all that can do, or none."""
     prices = np.array([d.price_per_hour or 0.0 for d in problem.devices]) / _S_PER_HOUR
-    computed = np.where(np.isfinite(problem.seconds_AD), problem.seconds_AD * prices, np.inf).min(axis=1).sum()
+    finite = np.isfinite(problem.seconds_AD)
+    paid = np.where(finite, np.where(finite, problem.seconds_AD, 0.0) * prices, np.inf)
+    computed = paid.min(axis=1).sum()
     least = float(max(computed * (1 - 1e-12), prices.min() * path_s * (1 - 1e-12)))
     usable = [c.price * max(c.least_s, path_s) * (1 - 1e-12) for c in sets if c.least_s <= bound_s]
     return max(least, min(usable, default=0.0))

@@ -36,7 +36,7 @@ class _Model:
         self.scale = solver.scale_for(known.makespan_s)
         self.horizon = int(np.floor(known.makespan_s * self.scale))
         self.on = solver.assignment(self.model, self.problem)
-        self.sent: list[tuple[int, int, int, Any]] = []      # node, from, to, when
+        self.sent: list[tuple[int, int, int, Any, Any]] = []      # node, from, to, start, end
         self.start = [self._time() for _ in self.problem.graph.nodes]
         self.end = [self._time() for _ in self.problem.graph.nodes]
         self._nodes()
@@ -74,7 +74,7 @@ class _Model:
                 begin, end = self._time(), self._time()
                 links.setdefault((p, q), []).append(
                     self.model.new_optional_interval_var(begin, int(times[tensor, p, q]), end, moved, ""))
-                self.sent.append((node, p, q, begin))
+                self.sent.append((node, p, q, begin, end))
                 self.model.add(begin >= self.end[node]).only_enforce_if(moved)
                 for user in users:
                     reads = self.on[self.timeline.atom_of[user]][q]
@@ -103,10 +103,10 @@ def solve(timeline: Timeline, known_A: Ints, known: Schedule, deadline: Deadline
         found = np.array([next(d for d, x in enumerate(row) if answer.boolean_value(x)) for row in built.on],
                          dtype=np.int64)
         device_N = timeline.devices_of_nodes(found)
-        begun = [answer.value(v) for v in built.start]
-        sent = {(node, q): answer.value(begin) for node, p, q, begin in built.sent
+        ran = [(answer.value(a), answer.value(b)) for a, b in zip(built.start, built.end, strict=True)]
+        sent = {(node, q): (answer.value(begin), answer.value(end)) for node, p, q, begin, end in built.sent
                 if device_N[node] == p and any(device_N[u] == q for u in timeline.users[node])}
-        schedule = min(timeline.run(device_N), timeline.replay(device_N, begun, sent), key=lambda s: s.makespan_s)
+        schedule = min(timeline.run(device_N), timeline.replay(device_N, ran, sent), key=lambda s: s.makespan_s)
         if not fits(timeline.problem, found) or schedule.makespan_s >= known.makespan_s:
             found, schedule = None, None
     proven = status in (cp_model.OPTIMAL, cp_model.INFEASIBLE)

@@ -17,11 +17,13 @@ from genie_dynamo.passes.placement.problem import Ints, Problem
 from genie_dynamo.passes.placement.throughput import PROVEN, first_loads
 from genie_dynamo.passes.placement.timeline import Schedule, Timeline, critical_path_s, serial_schedule
 
-_S_PER_SCHEDULE = 9e-6         # per node and edge, about
-_S_PER_CHOICE = 3e-6           # a list schedule, per device and node or edge
-_QUICK_STEPS = 9_000           # nodes and edges that quick annealing schedules in all
+_S_PER_SCHEDULE = 6e-6         # per node and edge, about
+_S_PER_CHOICE = 1.5e-6           # a list schedule, per device and node or edge
+_MAX_QUICK_ROUNDS = 5
+_QUICK_ROUND_NODES = 1000
+_QUICK_STEPS = 9_000           # nodes and edges that one quick annealing schedules
 _MIN_QUICK_TRIES, _MAX_QUICK_TRIES = 8, 400
-_FEW_SCHEDULES = 1500          # nodes and edges from which on quick planning makes fewer list schedules
+_FEW_SCHEDULES = 1500          # nodes and edges from which on quick planning has fewer starts
 _ROUND_S = 4.0
 _VARIANTS = ((1.0, False), (1.0, True), (0.0, False), (3.0, True))      # of list schedules: see earliest_finish
 
@@ -54,8 +56,9 @@ def best_makespan(problem: Problem, deadline: Deadline, *, exact: bool | None, s
     if found.proven or timeline is None:
         return found
     tries = min(_MAX_QUICK_TRIES, _QUICK_STEPS // max(1, problem.graph_size))
-    if tries >= _MIN_QUICK_TRIES:
-        _anneal(timeline, found, deadline, seed, tries)
+    for number in range(max(1, min(_MAX_QUICK_ROUNDS, _QUICK_ROUND_NODES // len(problem.graph.nodes)))):
+        if tries >= _MIN_QUICK_TRIES and not found.proven:
+            _anneal(timeline, found, deadline, seed + number, tries)
     if deadline.quick and exact is not True:
         return found
     if exact is not True and not found.proven:
@@ -89,7 +92,7 @@ def _first(problem: Problem, deadline: Deadline, seed: int) -> tuple[FoundSchedu
         found.take(device_A, schedule, "list schedule")
         if not deadline.allows(2 * choice_s):
             break
-    if found is None or deadline.allows(4 * choice_s):
+    if found is None or (not few and deadline.allows(4 * choice_s)):
         loads = first_loads(problem, deadline, seed)
         schedule = timeline.run(timeline.devices_of_nodes(loads.device_A))
         if found is None:

@@ -16,9 +16,9 @@ from genie_dynamo.passes.placement.loads import device_loads
 from genie_dynamo.passes.placement.problem import Ints, Problem
 
 _CHECK_EVERY = 32        # moves between looks at the clock
-_HOTTEST, _COOLING = 0.03, 0.007   # first temperature at most, as a share of the largest load; last over first
+_HOTTEST, _COOLING = 0.1, 0.005   # first temperature at most, as a share of the largest load; last over first
 _MOVES_OF_HEAT = 2.0     # first temperature in mean atoms: in a large graph one move changes little
-_POWER = 12              # the smooth maximum is the norm of this order
+_POWER = 16              # the smooth maximum is the norm of this order
 
 Shares = tuple[tuple[int, float], ...]
 OutOfTime = Callable[[], bool]
@@ -35,7 +35,7 @@ class LoadSearch:
         self._memory: list[float] = problem.memory_A.tolist()
         self._capacity: list[float] = problem.capacity_D.tolist()
         self._pays: list[bool] = problem.pays_D.tolist()
-        self._times: list[list[list[float]]] = problem.transfer_times_TDD().tolist()
+        self._transfer_s = problem.transfer_function()
         self._source: list[int] = problem.source_T.tolist()
         self._made: list[list[int]] = [[] for _ in range(problem.num_atoms)]
         self._read: list[list[int]] = [[] for _ in range(problem.num_atoms)]
@@ -71,11 +71,11 @@ class LoadSearch:
         known = self._remembered[tensor].get(key)
         if known is not None:
             return known
-        times = self._times[tensor][source]
-        readers = [d for d in range(self._num_devices) if mask >> d & 1 and d != source]
-        shares = [(d, times[d]) for d in readers if self._pays[d] and times[d]]
-        if readers and self._pays[source]:
-            shares.append((source, max(times[d] for d in readers)))
+        times = {d: self._transfer_s(tensor, source, d) for d in range(self._num_devices)
+                 if mask >> d & 1 and d != source}
+        shares = [(d, seconds) for d, seconds in times.items() if self._pays[d]]
+        if times and self._pays[source]:
+            shares.append((source, max(times.values())))
         self._remembered[tensor][key] = result = tuple(shares)
         return result
 

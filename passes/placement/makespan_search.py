@@ -14,7 +14,7 @@ import numpy as np
 from genie_dynamo.passes.placement.problem import Ints
 from genie_dynamo.passes.placement.timeline import Schedule, Timeline
 
-_HOT, _COLD = 0.03, 0.0005
+_HOT, _COLD = 0.06, 0.0005
 
 
 class MakespanSearch:

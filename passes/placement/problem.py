@@ -4,7 +4,7 @@ Atoms are numbered in a topological order of their first nodes, so that neighbou
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,17 +77,32 @@ class Problem:
         return np.where(src == dst, 0.0, times)
 
     def transfer_times_TDD(self) -> Floats:
+        """Seconds of every transfer there could be. Large: for models that have a variable for each anyway."""
         times = (self.fixed_s_T[:, None, None] + self.size_bytes_T[:, None, None] * self.s_per_byte_DD
                  + self.sized_T[:, None, None] * self.latency_DD)
         times[:, np.arange(self.num_devices), np.arange(self.num_devices)] = 0.0
         return times
 
     def least_transfer_s_T(self) -> Floats:
-        """The time of each tensor's fastest transfer between two devices."""
+        """No transfer of the tensor between two devices takes less."""
         if self.num_devices < 2:
             return np.zeros(self.num_tensors)
-        per_pair = self.transfer_times_TDD()[:, ~np.eye(self.num_devices, dtype=bool)]
-        return np.asarray(per_pair.min(axis=1))
+        apart = ~np.eye(self.num_devices, dtype=bool)
+        return np.asarray(self.fixed_s_T + self.size_bytes_T * self.s_per_byte_DD[apart].min()
+                          + self.sized_T * self.latency_DD[apart].min())
+
+    def transfer_function(self) -> Callable[[int, int, int], float]:
+        """Seconds of one transfer (tensor, from, to) between devices, for loops that ask for few of all T x D x D."""
+        fixed: list[float] = self.fixed_s_T.tolist()
+        size: list[float] = self.size_bytes_T.tolist()
+        sized: list[float] = self.sized_T.tolist()
+        pace: list[list[float]] = self.s_per_byte_DD.tolist()
+        latency: list[list[float]] = self.latency_DD.tolist()
+
+        def seconds(tensor: int, src: int, dst: int) -> float:
+            return fixed[tensor] + size[tensor] * pace[src][dst] + sized[tensor] * latency[src][dst]
+
+        return seconds
 
     def contract(self, label_A: Ints) -> Problem:
         """The same with atoms of one label as one atom. Labels are 0, 1, ... in the order of their first atoms."""

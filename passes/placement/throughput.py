@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,8 +17,10 @@ from genie_dynamo.passes.placement.packing import pack, single_device
 from genie_dynamo.passes.placement.problem import Ints, Problem
 
 PROVEN = 2e-6                  # a gap that only rounding to the solver's integers explains
-_QUICK_MOVES = 3000
-_QUICK_MOVES_PER_ATOM = 3
+_MAX_QUICK_ROUNDS = 5          # annealings of a small graph without a time limit;
+_QUICK_ROUND_ATOMS = 1000      # of a larger one, so many that they anneal about this many atoms
+_QUICK_MOVES = 2000
+_QUICK_MOVES_PER_ATOM = 2
 _MAX_QUICK_MOVES = 60_000
 _BLOCKS = 256
 _S_PER_NODE_ORDER = 3e-6       # about what one more sequence takes, per node and edge
@@ -33,6 +35,7 @@ class Found:
     value: float
     lower_bound: float
     method: str
+    starts: list[Ints] = field(default_factory=list)      # from which a search may begin too
 
     def take(self, device_A: Ints, value: float, method: str) -> bool:
         if value >= self.value * (1 - 1e-12):
@@ -56,8 +59,12 @@ def best_loads(problem: Problem, deadline: Deadline, *, exact: bool | None, seed
     if found.proven or problem.num_devices == 1:
         found.lower_bound = max(found.lower_bound, found.value if problem.num_devices == 1 else 0.0)
         return found
-    moves = min(_MAX_QUICK_MOVES, max(_QUICK_MOVES, _QUICK_MOVES_PER_ATOM * problem.num_atoms))
-    _anneal(problem, found, deadline, seed, moves=moves)
+    for number in range(max(1, min(_MAX_QUICK_ROUNDS, _QUICK_ROUND_ATOMS // problem.num_atoms))):
+        if not found.proven:
+            moves = min(_MAX_QUICK_MOVES, max(_QUICK_MOVES, _QUICK_MOVES_PER_ATOM * problem.num_atoms))
+            # Every other time from one of the starts, which may lie in another valley than the best.
+            other = found.starts[number // 2 % len(found.starts)] if number % 2 else None
+            _anneal(problem, found, deadline, seed + number, moves=moves, start_A=other)
     if deadline.quick and exact is not True:
         return found
     if exact is not True and not found.proven:
@@ -83,11 +90,15 @@ def first_loads(problem: Problem, deadline: Deadline, seed: int) -> Found:
             if found is None:
                 found = Found(device_A=candidate, value=value, lower_bound=0.0, method=method)
             found.take(candidate, value, method)
+            found.starts.append(candidate)
         order = next(orders, None) if found is None or deadline.allows(2 * step_s) else None
         if order is None:
             break
         candidate, method = cut_sequence(problem, order, _BLOCKS), "intervals of a sequence (dynamic programming)"
-    return found or _any_packing(problem, deadline, seed)
+    if found is None:
+        found = _any_packing(problem, deadline, seed)
+        found.starts.append(found.device_A)
+    return found
 
 
 def _any_packing(problem: Problem, deadline: Deadline, seed: int) -> Found:
@@ -111,7 +122,8 @@ def memory_numbers(problem: Problem) -> str:
             + ", ".join(f"{d.id} {c:.0f}" for d, c in zip(problem.devices[:8], problem.capacity_D, strict=False)))
 
 
-def _anneal(problem: Problem, found: Found, deadline: Deadline, seed: int, moves: int | None = None) -> None:
+def _anneal(problem: Problem, found: Found, deadline: Deadline, seed: int, moves: int | None = None,
+            start_A: Ints | None = None) -> None:
     """Anneal from the best so far, with atoms that belong together as one."""
     if not deadline.allows(problem.graph_size * 8e-6):
         return
@@ -119,9 +131,11 @@ def _anneal(problem: Problem, found: Found, deadline: Deadline, seed: int, moves
     smaller = problem.contract(labels)
     if not smaller.supported():
         return
-    start_A = np.zeros(smaller.num_atoms, dtype=np.int64)
-    start_A[labels] = found.device_A
-    search = LoadSearch(smaller, start_A, seed)
+    chosen_A = np.zeros(smaller.num_atoms, dtype=np.int64)
+    chosen_A[labels] = found.device_A if start_A is None else start_A
+    if not fits(smaller, chosen_A):      # a start may separate what belongs together
+        return
+    search = LoadSearch(smaller, chosen_A, seed)
     search.anneal(moves or 1 << 62, deadline.passed, None if moves else deadline.share_left)
     found.take(search.best_A[labels], float(device_loads(problem, search.best_A[labels]).max()), "annealing")
 

@@ -38,11 +38,11 @@ class Timeline:
         self.seconds: list[list[float]] = problem.node_seconds_ND.tolist()
         self.atom_of: list[int] = problem.atom_of_N.tolist()
         self._tensor: dict[int, int] = {node: t for t, node in enumerate(problem.tensor_node_T.tolist())}
-        self.times: list[list[list[float]]] = problem.transfer_times_TDD().tolist()
+        self._seconds_of = problem.transfer_function()
 
     def transfer_s(self, node: int, src: int, dst: int) -> float:
         """Seconds to move a node's output; 0 within a device."""
-        return 0.0 if src == dst else self.times[self._tensor[node]][src][dst]
+        return 0.0 if src == dst else self._seconds_of(self._tensor[node], src, dst)
 
     def ranks(self, device_N: Sequence[int]) -> list[float]:
         """Seconds from the start of each node to the end of the call, if nothing waited for a device or link."""
@@ -61,16 +61,17 @@ class Timeline:
         """The schedule of a placement."""
         return _Run(self, device_N, self.ranks(device_N) if priority is None else priority).schedule()
 
-    def replay(self, device_N: Sequence[int], begun: Sequence[float],
-               sent: Mapping[tuple[int, int], float]) -> Schedule:
+    def replay(self, device_N: Sequence[int], ran: Sequence[tuple[float, float]],
+               sent: Mapping[tuple[int, int], tuple[float, float]]) -> Schedule:
         """The schedule in which devices and links do things in the order of times given, each as early as can be.
 
-        Args: begun: start of each node.  sent: (node, to device) -> start of a transfer; one that is not there is
-              sent when it is needed.
+        Args: ran: (start, end) of each node, in any unit.  sent: (node, to device) -> (start, end) of a transfer;
+              one that is not there is sent when it is needed.
         """
         position = {node: i for i, node in enumerate(self.problem.graph.order)}
-        tasks = [(time, position[node], -1, node) for node, time in enumerate(begun)]
-        tasks += [(time, position[node], to, node) for (node, to), time in sent.items()]
+        # What takes no time comes before what starts with it: it may be its input, or have had the device before.
+        tasks = [(*times, position[node], -1, node) for node, times in enumerate(ran)]
+        tasks += [(*times, position[node], to, node) for (node, to), times in sent.items()]
         return _Replay(self, device_N).schedule(sorted(tasks))
 
     def devices_of_nodes(self, device_A: Ints) -> list[int]:
@@ -173,8 +174,8 @@ class _Replay:
         self._arrived: dict[tuple[int, int], float] = {}
         self._transfers: list[tuple[int, int, int, float, float]] = []
 
-    def schedule(self, tasks: list[tuple[float, int, int, int]]) -> Schedule:
-        for _, _, to, node in tasks:
+    def schedule(self, tasks: list[tuple[float, float, int, int, int]]) -> Schedule:
+        for _, _, _, to, node in tasks:
             if to >= 0:
                 self._send(node, to)
                 continue

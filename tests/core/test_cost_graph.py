@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from genie_dynamo.core.cost_graph import CostEdge, CostGraph, CostNode, Device
 from genie_dynamo.core.errors import CostGraphError, GenieError
@@ -19,6 +19,7 @@ def graph(nodes: str, edges: list[tuple[str, str]], **more: Any) -> CostGraph:
                      tuple(CostEdge(src=a, dst=b, **(more or {"seconds": 1.0})) for a, b in edges))
 
 
+@settings(deadline=None)
 @given(cost_graphs())
 def test_json_there_and_back(made: CostGraph) -> None:
     assert CostGraph.from_json(made.to_json()) == made
