@@ -15,6 +15,7 @@ from genie_dynamo.passes.placement.problem import Ints
 from genie_dynamo.passes.placement.timeline import Schedule, Timeline
 
 _HOT, _COLD = 0.06, 0.0005
+_REORDER = 0.1            # share of steps that change an order and no device
 
 
 class MakespanSearch:
@@ -32,7 +33,8 @@ class MakespanSearch:
             self._nodes[atom].append(node)
         self._device: list[int] = start_A.tolist()
         self._device_N = timeline.devices_of_nodes(start_A)
-        self._now = timeline.run(self._device_N)
+        self._bias = [0.0] * len(self._device_N)     # what is added to the priorities of nodes
+        self._now = self._schedule()
         self._critical = self._find_critical(self._now)
         self.best_A, self.best = start_A.copy(), self._now
 
@@ -48,7 +50,14 @@ class MakespanSearch:
             left = 1 - step / tries if fraction_left is None else fraction_left()
             self._step(scale * _COLD * (_HOT / _COLD) ** max(0.0, left))
 
+    def _schedule(self) -> Schedule:
+        ranks = self._timeline.ranks(self._device_N)
+        return self._timeline.run(self._device_N, [r + b for r, b in zip(ranks, self._bias, strict=True)])
+
     def _step(self, heat: float) -> None:
+        if self._random.random() < _REORDER:
+            self._reorder(heat)
+            return
         moves = self._propose()
         if not moves:
             return
@@ -57,15 +66,26 @@ class MakespanSearch:
         if any(self._used[d] > self._capacity[d] for _, d in moves):
             self._apply(undo)
             return
-        schedule = self._timeline.run(self._device_N)
+        if not self._accept(self._schedule(), heat):
+            self._apply(undo)
+
+    def _reorder(self, heat: float) -> None:
+        """Let one node go earlier or later than its way to the end says."""
+        node = int(self._random.random() * len(self._bias))
+        before = self._bias[node]
+        self._bias[node] = 0.0 if before else self._now.makespan_s * self._random.uniform(-0.5, 0.5)
+        if not self._accept(self._schedule(), heat):
+            self._bias[node] = before
+
+    def _accept(self, schedule: Schedule, heat: float) -> bool:
         worse = schedule.makespan_s - self._now.makespan_s
         if worse > 0 and self._random.random() >= math.exp(-worse / heat):
-            self._apply(undo)
-            return
+            return False
         self._now = schedule
         self._critical = self._find_critical(schedule)
         if schedule.makespan_s < self.best.makespan_s:
             self.best, self.best_A = schedule, np.array(self._device, dtype=np.int64)
+        return True
 
     def _apply(self, moves: list[tuple[int, int]]) -> None:
         for atom, device in moves:

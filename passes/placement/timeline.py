@@ -85,7 +85,7 @@ class _Run:
     def __init__(self, timeline: Timeline, device_N: Sequence[int], priority: Sequence[float]) -> None:
         self._of, self._device, self._priority = timeline, device_N, priority
         self._missing = [len(m) for m in timeline.makers]
-        self._ready: list[list[tuple[float, int]]] = [[] for _ in timeline.problem.devices]
+        self._ready: list[list[tuple[float, float, int]]] = [[] for _ in timeline.problem.devices]
         self._busy = [False] * timeline.problem.num_devices
         self._waiting: dict[tuple[int, int], list[tuple[float, int, float, list[int]]]] = {}
         self._sending: set[tuple[int, int]] = set()
@@ -97,7 +97,7 @@ class _Run:
     def schedule(self) -> Schedule:
         for node, missing in enumerate(self._missing):
             if not missing:
-                heapq.heappush(self._ready[self._device[node]], (-self._priority[node], node))
+                self._queue(node)
         self._begin(0.0, set(range(len(self._ready))))
         while self._events:
             # All that ends at one time is taken in before anything begins, so that priority decides and not order.
@@ -117,11 +117,16 @@ class _Run:
             self._begin(now, touched)
         return Schedule(start_N=self._start, transfers=self._transfers, makespan_s=self._end)
 
+    def _queue(self, node: int) -> None:
+        # Of equal priority, the shorter one: what follows it can start elsewhere.
+        device = self._device[node]
+        heapq.heappush(self._ready[device], (-self._priority[node], self._of.seconds[node][device], node))
+
     def _begin(self, now: float, devices: set[int]) -> None:
         for device in sorted(devices):
             ready = self._ready[device]
             if ready and not self._busy[device]:
-                _, node = heapq.heappop(ready)
+                node = heapq.heappop(ready)[-1]
                 self._busy[device] = True
                 self._start[node] = now
                 end = now + self._of.seconds[node][device]
@@ -150,9 +155,8 @@ class _Run:
         for user in users:
             self._missing[user] -= 1
             if not self._missing[user]:
-                device = self._device[user]
-                heapq.heappush(self._ready[device], (-self._priority[user], user))
-                touched.add(device)
+                self._queue(user)
+                touched.add(self._device[user])
 
     def _send(self, now: float, link: tuple[int, int]) -> None:
         waiting = self._waiting.get(link)

@@ -19,7 +19,7 @@ def graph(nodes: str, edges: list[tuple[str, str]], **more: Any) -> CostGraph:
                      tuple(CostEdge(src=a, dst=b, **(more or {"seconds": 1.0})) for a, b in edges))
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(cost_graphs())
 def test_json_there_and_back(made: CostGraph) -> None:
     assert CostGraph.from_json(made.to_json()) == made

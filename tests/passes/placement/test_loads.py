@@ -25,7 +25,7 @@ def forever() -> bool:
     return False
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(cost_graphs(max_nodes=9), device_sets(), st.integers(0, 2**20))
 def test_loads_are_those_of_the_definition(graph: CostGraph, devices: tuple[Device, ...], seed: int) -> None:
     problem = build_problem(graph, devices)
@@ -37,7 +37,7 @@ def test_loads_are_those_of_the_definition(graph: CostGraph, devices: tuple[Devi
     assert device_loads(problem, device_A).tolist() == pytest.approx([expected[d.id] for d in devices])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(cost_graphs(), device_sets())
 def test_the_heuristic_is_valid_and_near_the_best(graph: CostGraph, devices: tuple[Device, ...]) -> None:
     best = reference.best_load(graph, devices)
@@ -50,7 +50,7 @@ def test_the_heuristic_is_valid_and_near_the_best(graph: CostGraph, devices: tup
     assert placed.lower_bound is None or placed.lower_bound <= best + 1e-9
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(cost_graphs(), device_sets())
 def test_the_exact_solver_finds_and_proves_the_best(graph: CostGraph, devices: tuple[Device, ...]) -> None:
     best = reference.best_load(graph, devices)
@@ -61,7 +61,7 @@ def test_the_exact_solver_finds_and_proves_the_best(graph: CostGraph, devices: t
     assert placed.lower_bound == pytest.approx(best) and "proven optimal" in placed.method
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(cost_graphs(max_nodes=9), device_sets(), st.integers(0, 2**20))
 def test_the_search_knows_its_loads(graph: CostGraph, devices: tuple[Device, ...], seed: int) -> None:
     """Sums of many exact changes are what counting anew gives."""
@@ -72,7 +72,7 @@ def test_the_search_knows_its_loads(graph: CostGraph, devices: tuple[Device, ...
     assert search.best_value == pytest.approx(device_loads(problem, search.best_A).max())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(cost_graphs(max_nodes=7), device_sets())
 def test_bounds_hold_and_what_is_joined_may_be_joined(graph: CostGraph, devices: tuple[Device, ...]) -> None:
     best = reference.best_load(graph, devices)
@@ -94,7 +94,7 @@ def _keeps(atom_of: list[int], graph: CostGraph, device_of: dict[str, str]) -> b
     return all(len(h) == 1 for h in homes.values())
 
 
-@settings(deadline=None)
+@settings(deadline=None, derandomize=True)
 @given(cost_graphs(max_nodes=8, groups=False))
 def test_intervals_are_the_best_contiguous_ones(graph: CostGraph) -> None:
     devices = FOUR_GPUS[:3]
