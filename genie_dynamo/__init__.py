@@ -28,12 +28,23 @@ _WHERE = {
     "register_pattern": "genie_dynamo.passes.semantics.registry",
     "Session": "genie_dynamo.runtime.client.session",
     "Config": "genie_dynamo.core.config",
+    "CostGraph": "genie_dynamo.core.cost_graph",
+    "CostNode": "genie_dynamo.core.cost_graph",
+    "CostEdge": "genie_dynamo.core.cost_graph",
+    "Device": "genie_dynamo.core.cost_graph",
+    "Placement": "genie_dynamo.core.placement",
+    "explain": "genie_dynamo.explaining",
+    "Explanation": "genie_dynamo.explanation",
+    "place": "genie_dynamo.placing",
+    "Scheduler": "genie_dynamo.placing",
+    "CostModel": "genie_dynamo.passes.placement.interfaces",
+    "PlacementStrategy": "genie_dynamo.passes.placement.interfaces",
 }
 _ERRORS = (
-    "GenieError", "ConfigError", "PlanError", "UnsupportedGraphError", "SessionError", "SessionClosedError",
-    "SessionExpiredError", "WorkerError", "WorkerUnreachableError", "WorkerLostError", "WorkerTimeoutError",
-    "WorkerMemoryError", "WorkerBusyError", "RemoteExecutionError", "ProtocolError", "VersionMismatchError",
-    "MessageLimitError", "StaleHandleError", "AuthenticationError",
+    "GenieError", "ConfigError", "CostError", "CostGraphError", "PlacementError", "PlanError", "UnsupportedGraphError",
+    "SessionError", "SessionClosedError", "SessionExpiredError", "WorkerError", "WorkerUnreachableError",
+    "WorkerLostError", "WorkerTimeoutError", "WorkerMemoryError", "WorkerBusyError", "RemoteExecutionError",
+    "ProtocolError", "VersionMismatchError", "MessageLimitError", "StaleHandleError", "AuthenticationError",
 )
 _WHERE |= dict.fromkeys(_ERRORS, "genie_dynamo.core.errors")
 
@@ -43,14 +54,25 @@ if TYPE_CHECKING:
     from genie_dynamo.analysis import analyze as analyze
     from genie_dynamo.compiling import compile as compile
     from genie_dynamo.core.config import Config as Config
+    from genie_dynamo.core.cost_graph import CostEdge as CostEdge
+    from genie_dynamo.core.cost_graph import CostGraph as CostGraph
+    from genie_dynamo.core.cost_graph import CostNode as CostNode
+    from genie_dynamo.core.cost_graph import Device as Device
     from genie_dynamo.core.errors import *  # noqa: F403
+    from genie_dynamo.core.placement import Placement as Placement
     from genie_dynamo.core.semantics import PhaseRule as PhaseRule
     from genie_dynamo.core.semantics import Region as Region
     from genie_dynamo.core.semantics import SemanticGraph as SemanticGraph
+    from genie_dynamo.explaining import explain as explain
+    from genie_dynamo.explanation import Explanation as Explanation
+    from genie_dynamo.passes.placement.interfaces import CostModel as CostModel
+    from genie_dynamo.passes.placement.interfaces import PlacementStrategy as PlacementStrategy
     from genie_dynamo.passes.semantics.pattern import Match as Match
     from genie_dynamo.passes.semantics.pattern import NoMatch as NoMatch
     from genie_dynamo.passes.semantics.pattern import Pattern as Pattern
     from genie_dynamo.passes.semantics.registry import register_pattern as register_pattern
+    from genie_dynamo.placing import Scheduler as Scheduler
+    from genie_dynamo.placing import place as place
     from genie_dynamo.runtime.client.session import Session as Session
     from genie_dynamo.sessions import get_stats as get_stats
     from genie_dynamo.sessions import init as init

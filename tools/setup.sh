@@ -63,7 +63,7 @@ install_everything() {
         >>"$constraints"
     say "installing what pyproject.toml names, as constraints.txt pins it, and genie-dynamo itself (editable)"
     pip_install -c "$constraints" "$(grep -m1 '^scikit_build_core==' constraints.txt)"
-    pip_install -c "$constraints" --no-build-isolation -e '.[demo,test,dev]'
+    pip_install -c "$constraints" --no-build-isolation -e '.[solver,demo,test,dev]'
 }
 
 main() {

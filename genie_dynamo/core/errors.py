@@ -2,6 +2,8 @@
 
     GenieError
     ├── ConfigError              an option, environment variable or file that cannot be used (also a ValueError)
+    ├── CostGraphError           a cost graph or device that cannot be: a cycle, a negative cost (also a ValueError)
+    ├── PlacementError           no placement obeys the limits (memory, support, colocation, latency bound)
     ├── PlanError                a plan that breaks its own rules: our bug or a hand-written plan
     ├── CostError                a cost that cannot be computed: an unknown size, a formula that does not fit
     ├── UnsupportedGraphError    your model asks for what cannot be shipped (strict mode; otherwise it runs locally)
@@ -40,6 +42,14 @@ class GenieError(Exception):
 
 class ConfigError(GenieError, ValueError):
     """An option, environment variable or file that cannot be used."""
+
+
+class CostGraphError(GenieError, ValueError):
+    """A cost graph or a device that contradicts itself."""
+
+
+class PlacementError(GenieError):
+    """No placement obeys the limits, or none was found in the time given; the message says which."""
 
 
 class PlanError(GenieError):

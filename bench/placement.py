@@ -1,0 +1,125 @@
+"""`genie.place` against the best known values of published instances, and how its heuristic scales.
+
+Every value is counted anew by the reference evaluator of the tests. The graphs of the scaling part are layers of nodes
+that read one to three nodes of the layer before; seconds are log-normal, transfers too, times a ratio.
+"""
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench.harness import BenchError, Case, Series, Settings, Target
+from genie_dynamo.core.cost_graph import CostGraph, Device
+from genie_dynamo.core.placement import Placement, Policy
+from genie_dynamo.passes.placement.importer import read_instance
+from genie_dynamo.passes.placement.interfaces import Method
+from genie_dynamo.placing import place
+from tests.passes.placement import reference
+from tests.passes.placement.graphs import CPU, FOUR_GPUS, layered
+
+DATA = Path(__file__).resolve().parent / "data" / "placement"
+# Largest loads that the authors' programs find (contiguous dynamic programming, local search with ten restarts, ...).
+BEST_KNOWN = {
+    "bert24_inference": 17.778, "bert24_training": 39.943, "gnmt_inference": 31.783, "resnet50_inference": 33.775,
+    "bert_l-3_inference": 27.574, "bert_l-3_training": 65.303, "resnet50_operators_inference": 124.349,
+}
+# Best known values are written with three decimals.
+_ROUNDING = 1.00002
+LIMITS = {5.0: 1.02, 60.0: 1.0 * _ROUNDING}
+HEURISTIC_LIMIT_S = {1000: 0.1, 10_000: 2.0}
+GAP_LIMIT = 1.05
+_PROOF_S = 6.0
+DEVICES = (*FOUR_GPUS, CPU)
+RATIOS = (0.02, 0.3, 1.0)       # mean transfer over mean compute
+POLICIES: tuple[Policy, ...] = ("max_throughput", "min_latency", "min_cost")
+
+
+def run(settings: Settings) -> Iterator[Case]:
+    place(layered(12, 3, 0, 1.0), devices=DEVICES, policy="max_throughput", method="exact")      # imports OR-tools
+    for limit_s, within in LIMITS.items():
+        if limit_s <= 5 or not settings.quick:
+            yield _instances(limit_s, within)
+    yield from (_scaling(count, 1 if settings.quick else 5) for count in HEURISTIC_LIMIT_S)
+    for policy in POLICIES[:2]:
+        yield _gaps(policy, 1 if settings.quick else 4)
+
+
+def _timed(graph: CostGraph, devices: Sequence[Device], policy: Policy, time_limit_s: float | None = None,
+           method: Method = "auto") -> tuple[Placement, float]:
+    gc.collect()
+    started = time.perf_counter()
+    placed = place(graph, devices=devices, policy=policy, time_limit_s=time_limit_s, method=method)
+    return placed, time.perf_counter() - started
+
+
+def _counted(graph: CostGraph, devices: Sequence[Device], placed: Placement) -> float:
+    """The largest load, by the reference. Raises: BenchError where a limit is broken or the value is another."""
+    value = max(reference.loads(graph, devices, placed.device).values())
+    if not reference.obeys_limits(graph, devices, placed.device) or abs(value / placed.objective_value - 1) > 1e-9:
+        raise BenchError(f"the placement does not hold: counted {value}, reported {placed.objective_value}")
+    return value
+
+
+def _instances(limit_s: float, within: float) -> Case:
+    series, targets = {}, []
+    notes = [f"{'instance':30} {'nodes':>6} {'best known':>11} {'here':>10} {'':>8} {'bound':>10}  found by"]
+    for name, known in BEST_KNOWN.items():
+        graph, devices = read_instance(DATA / f"{name}.json")
+        placed, seconds = _timed(graph, devices, "max_throughput", limit_s)
+        value, bound = _counted(graph, devices, placed), placed.lower_bound or 0.0
+        series[name] = Series(unit="s", rounds=((seconds,),))
+        targets.append(Target(name=f"{name} over the best known, {limit_s:g} s", value=value / known, limit=within,
+                              unit="x", terms={"value": value, "best known": known, "lower bound": bound}))
+        notes.append(f"{name:30} {len(graph.nodes):>6} {known:>11.3f} {value:>10.3f} {value / known - 1:>+8.2%} "
+                     f"{bound:>10.3f}  {placed.method}")
+    return Case(bench="placement", title=f"published instances, max_throughput, {limit_s:g} s", threads=2, pinned=False,
+                series=series, targets=tuple(targets), notes=tuple(notes))
+
+
+def _scaling(count: int, seeds: int) -> Case:
+    series, targets = {}, []
+    notes = [f"{'policy':16} value over lower bound, by ratio of transfers to compute {RATIOS}"]
+    for policy in POLICIES:
+        samples, over = [], []
+        for ratio in RATIOS:
+            values = []
+            for seed in range(seeds):
+                graph = layered(count, 20 if count <= 1000 else 50, seed, ratio)
+                placed, seconds = _timed(graph, DEVICES, policy)
+                samples.append(seconds)
+                values.append(placed.objective_value / placed.lower_bound if placed.lower_bound else float("inf"))
+            over.append(statistics.mean(values))
+        series[policy] = Series(unit="s", rounds=(tuple(samples),))
+        targets.append(Target(name=f"{count} nodes, {policy}, slowest graph", value=max(samples), unit="s",
+                              limit=HEURISTIC_LIMIT_S[count], terms={"median": statistics.median(samples)}))
+        notes.append(f"{policy:16} " + "  ".join(f"{x:.3f}x" for x in over))
+    return Case(bench="placement", title=f"layered graphs of {count} nodes, 4 GPUs and a CPU, heuristic", threads=1,
+                pinned=False, series=series, targets=tuple(targets), notes=tuple(notes))
+
+
+def _gaps(policy: Policy, seeds: int) -> Case:
+    """The heuristic over the optimum, on graphs where a proof comes in time."""
+    over: list[float] = []
+    tried, samples = 0, []
+    for size, ratio in ((20, 0.1), (20, 0.5), (30, 0.3), (30, 2.0), (50, 0.1), (50, 1.0)):
+        for seed in range(seeds):
+            graph = layered(size, (2, 4, 8)[seed % 3], seed, ratio)
+            devices = DEVICES[: 2 + seed % 4]
+            tried += 1
+            exact, _ = _timed(graph, devices, policy, _PROOF_S, "exact")
+            placed, seconds = _timed(graph, devices, policy)
+            samples.append(seconds)
+            if "proven optimal" in exact.method:
+                over.append(placed.objective_value / exact.objective_value)
+    worst, mean = max(over, default=1.0), statistics.mean(over or [1.0])
+    return Case(
+        bench="placement", title=f"{policy}: heuristic alone against the proven optimum", threads=1, pinned=False,
+        series={"heuristic": Series(unit="s", rounds=(tuple(samples),))},
+        targets=(Target(name=f"{policy}: worst heuristic over proven optimum", value=worst, limit=GAP_LIMIT, unit="x",
+                        terms={"mean": mean, "proven": len(over), "tried": tried}),),
+        notes=(f"{len(over)} of {tried} graphs (20 to 50 nodes, 2 to 5 devices) proven within {_PROOF_S:g} s: "
+               f"mean {mean:.4f}x, worst {worst:.4f}x, "
+               f"{sum(x > GAP_LIMIT for x in over)} beyond {GAP_LIMIT}x",))

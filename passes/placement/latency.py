@@ -1,0 +1,129 @@
+"""The policy min_latency: list schedules, annealing, then the exact solver, within the time given."""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from genie_dynamo.passes.placement import exact_makespan, solver
+from genie_dynamo.passes.placement.deadline import Deadline
+from genie_dynamo.passes.placement.list_schedule import earliest_finish
+from genie_dynamo.passes.placement.loads import compute_bound, fits
+from genie_dynamo.passes.placement.makespan_search import MakespanSearch
+from genie_dynamo.passes.placement.packing import single_device
+from genie_dynamo.passes.placement.problem import Ints, Problem
+from genie_dynamo.passes.placement.throughput import PROVEN, first_loads
+from genie_dynamo.passes.placement.timeline import Schedule, Timeline, critical_path_s, serial_schedule
+
+_S_PER_SCHEDULE = 6e-6         # per node and edge, about
+_S_PER_CHOICE = 1.5e-6           # a list schedule, per device and node or edge
+_MAX_QUICK_ROUNDS = 5
+_QUICK_ROUND_NODES = 1000
+_QUICK_STEPS = 9_000           # nodes and edges that one quick annealing schedules
+_MIN_QUICK_TRIES, _MAX_QUICK_TRIES = 8, 400
+_FEW_SCHEDULES = 1500          # nodes and edges from which on quick planning has fewer starts
+_ROUND_S = 4.0
+_VARIANTS = ((1.0, False), (1.0, True), (0.0, False), (3.0, True))      # of list schedules: see earliest_finish
+
+
+@dataclass(slots=True, kw_only=True)
+class FoundSchedule:
+    """The best so far, and how it came about."""
+
+    device_A: Ints
+    schedule: Schedule
+    lower_bound: float
+    method: str
+
+    def take(self, device_A: Ints, schedule: Schedule, method: str) -> None:
+        if schedule.makespan_s < self.schedule.makespan_s * (1 - 1e-12):
+            self.device_A, self.schedule, self.method = device_A, schedule, method
+
+    @property
+    def proven(self) -> bool:
+        return self.schedule.makespan_s <= self.lower_bound * (1 + PROVEN)
+
+
+def best_makespan(problem: Problem, deadline: Deadline, *, exact: bool | None, seed: int) -> FoundSchedule:
+    """A placement with a short makespan. Arguments and errors are those of `best_loads`."""
+    found, timeline = _first(problem, deadline, seed)
+    if deadline.allows(problem.graph_size * 1e-5):
+        found.lower_bound = max(critical_path_s(problem), compute_bound(problem))
+    if problem.num_devices == 1:
+        found.lower_bound = found.schedule.makespan_s
+    if found.proven or timeline is None:
+        return found
+    tries = min(_MAX_QUICK_TRIES, _QUICK_STEPS // max(1, problem.graph_size))
+    for number in range(max(1, min(_MAX_QUICK_ROUNDS, _QUICK_ROUND_NODES // len(problem.graph.nodes)))):
+        if tries >= _MIN_QUICK_TRIES and not found.proven:
+            _anneal(timeline, found, deadline, seed + number, tries)
+    if deadline.quick and exact is not True:
+        return found
+    if exact is not True and not found.proven:
+        _anneal(timeline, found, deadline.part(0.25, _ROUND_S), seed + 1)
+    if exact is not False and not found.proven and not deadline.passed():
+        _solve(timeline, found, deadline if exact else deadline.part(0.7), seed)
+    for number in itertools.count(2):
+        if exact or found.proven or not deadline.allows(2 * problem.graph_size * _S_PER_SCHEDULE):
+            break
+        _anneal(timeline, found, deadline.part(1.0, _ROUND_S), seed + number)
+    return found
+
+
+def _first(problem: Problem, deadline: Deadline, seed: int) -> tuple[FoundSchedule, Timeline | None]:
+    """The best of one device and of list schedules; what is good for throughput where memory refuses these."""
+    found: FoundSchedule | None = None
+    alone = single_device(problem)
+    if alone is not None:
+        schedule = serial_schedule(problem, int(alone[0]))
+        found = FoundSchedule(device_A=alone, schedule=schedule, lower_bound=0.0, method="one device")
+    schedule_s = problem.graph_size * _S_PER_SCHEDULE
+    choice_s = problem.graph_size * problem.num_devices * _S_PER_CHOICE + schedule_s
+    if found is not None and (problem.num_devices == 1 or not deadline.allows(choice_s + 2 * schedule_s)):
+        return found, None
+    timeline = Timeline(problem)
+    few = deadline.quick and problem.graph_size > _FEW_SCHEDULES
+    for device_A in _list_schedules(timeline, _VARIANTS[:2] if few else _VARIANTS):
+        schedule = timeline.run(timeline.devices_of_nodes(device_A))
+        if found is None:
+            found = FoundSchedule(device_A=device_A, schedule=schedule, lower_bound=0.0, method="list schedule")
+        found.take(device_A, schedule, "list schedule")
+        if not deadline.allows(2 * choice_s):
+            break
+    if found is None or (not few and deadline.allows(4 * choice_s)):
+        loads = first_loads(problem, deadline, seed)
+        schedule = timeline.run(timeline.devices_of_nodes(loads.device_A))
+        if found is None:
+            found = FoundSchedule(device_A=loads.device_A, schedule=schedule, lower_bound=0.0, method=loads.method)
+        found.take(loads.device_A, schedule, loads.method)
+    return found, timeline
+
+
+def _list_schedules(timeline: Timeline, variants: tuple[tuple[float, bool], ...]) -> Iterator[Ints]:
+    for weight, look_ahead in variants:
+        device_A = earliest_finish(timeline, weight, look_ahead)
+        if device_A is not None and fits(timeline.problem, device_A):
+            yield device_A
+
+
+def _anneal(timeline: Timeline, found: FoundSchedule, deadline: Deadline, seed: int, tries: int | None = None) -> None:
+    if not deadline.allows(2 * timeline.problem.graph_size * _S_PER_SCHEDULE):
+        return
+    search = MakespanSearch(timeline, found.device_A, seed)
+    # One more schedule must fit before time is up.
+    last_s = timeline.problem.graph_size * _S_PER_SCHEDULE
+    search.anneal(tries or 1 << 62, lambda: not deadline.allows(last_s), None if tries else deadline.share_left)
+    found.take(search.best_A, search.best, "annealing")
+
+
+def _solve(timeline: Timeline, found: FoundSchedule, deadline: Deadline, seed: int) -> None:
+    if not solver.installed():
+        return
+    if not deadline.allows(2 * exact_makespan.time_to_build_s(timeline) + solver.time_to_load_s()):
+        return
+    answer, schedule = exact_makespan.solve(timeline, found.device_A, found.schedule, deadline, seed)
+    if answer.device_A is not None and schedule is not None:
+        found.take(np.asarray(answer.device_A), schedule, "exact (CP-SAT)")
+    found.lower_bound = max(found.lower_bound, min(answer.lower_bound, found.schedule.makespan_s))
