@@ -18,6 +18,7 @@ from genie_dynamo.core.cost_graph import CostGraph, Device
 from genie_dynamo.core.errors import PlacementError
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
 from genie_dynamo.core.placement import Placement, Policy
+from genie_dynamo.passes.costs.analysis import analyze_costs
 from genie_dynamo.passes.costs.cost_graph import cost_graph
 from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.placement.interfaces import Limits, PlacementStrategy
@@ -73,10 +74,11 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
              symbol_values: sizes of this call, for dynamic graphs.
     Raises:  PlacementError where it fits on no worker and in no cut; the message has the numbers.
     """
-    devices = [_device(worker, lanes) for worker in workers]
+    peak_bytes = int(analyze_costs(gm).totals(symbol_values).peak_bytes)
+    devices = [_device(worker, lanes, peak_bytes) for worker in workers]
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     plain = cost_graph(gm, devices, {w.name: w.hardware for w in workers}, symbol_values,
-                       static_inputs=[names[i] for i in facts.static_inputs], backward=facts.kind == "backward")
+                       static_inputs=[names[i] for i in facts.static_inputs], backward=facts.kind == "backward", activations=False)
     graph = CostGraph.from_json(plain)
     alternatives = [_single(graph, device) for device in devices]
     possible = [a for a in alternatives if a.est_s is not None]
@@ -112,11 +114,12 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
         alternatives=tuple(alternatives), placement=placed if use_cut else None)
 
 
-def _device(worker: WorkerFacts, lanes: Sequence[LinkFacts]) -> Device:
-    """The worker with its slowest lane to another worker."""
+def _device(worker: WorkerFacts, lanes: Sequence[LinkFacts], peak_bytes: int) -> Device:
+    """The worker with its slowest lane to another worker. What the whole graph needs at its peak is kept free."""
     own = [lane for lane in lanes if worker.name in (lane.start, lane.end) and "client" not in (lane.start, lane.end)]
     return Device(
-        id=worker.name, kind=worker.name, memory_bytes=worker.memory_bytes,
+        id=worker.name, kind=worker.name,
+        memory_bytes=None if worker.memory_bytes is None else max(0, worker.memory_bytes - peak_bytes),
         network_gbps=min((lane.bytes_per_s for lane in own), default=1e9) * 8 / 1e9,
         network_latency_s=max((lane.latency_s for lane in own), default=1e-4))
 
@@ -130,8 +133,8 @@ def _single(graph: CostGraph, device: Device) -> Alternative:
                            reason=f"it cannot run {cannot[0]} and {len(cannot) - 1} more nodes")
     if device.memory_bytes is not None and held > device.memory_bytes:
         return Alternative(name=device.id, est_s=None, chosen=False,
-                           reason=f"the graph holds {held / 2**30:.2f} GiB, {device.id} has "
-                                  f"{device.memory_bytes / 2**30:.2f} GiB")
+                           reason=f"the weights are {held / 2**30:.3g} GiB, {device.id} has "
+                                  f"{device.memory_bytes / 2**30:.3g} GiB for them beside the call's own peak")
     seconds = sum(node.seconds[device.kind] or 0.0 for node in graph.nodes)
     return Alternative(name=device.id, est_s=seconds, chosen=False, reason="")
 

@@ -32,11 +32,14 @@ class HasKind(Protocol):
 
 def cost_graph(gm: fx.GraphModule, devices: Iterable[HasKind], hardware: Mapping[str, HardwareFacts],
                symbol_values: Mapping[str, int] | None = None, *, fits: Mapping[str, CostFit] | None = None,
-               static_inputs: Sequence[str] = (), backward: bool = False) -> dict[str, Any]:
+               static_inputs: Sequence[str] = (), backward: bool = False,
+               activations: bool = True) -> dict[str, Any]:
     """The cost graph of one call.
 
     Args:    hardware, fits: by kind of device.  static_inputs: names of parameters and buffers.
              backward: whether this is a backward graph.
+             activations: whether a node's memory holds its result beside the weights that it reads first. False where
+             what a call needs at its peak is kept free on every device instead.
     Returns: the JSON format of genie.CostGraph. A node's seconds are None on a kind without a rate for its dtype.
     Raises:  CostError for a kind without facts, or an unknown size.
     """
@@ -52,7 +55,7 @@ def cost_graph(gm: fx.GraphModule, devices: Iterable[HasKind], hardware: Mapping
     groups, weights = _together(gm, frozenset(static_inputs))
     nodes = [{
         "id": name, "seconds": {kind: seconds[kind].get(name) for kind in kinds},
-        "memory_bytes": int(columns["allocated_bytes"][index]) + weights.get(name, 0),
+        "memory_bytes": (int(columns["allocated_bytes"][index]) if activations else 0) + weights.get(name, 0),
         "colocation_group": groups.get(name), "backward": backward,
     } for name, index in position.items()]
     edges = [{"src": source.name, "dst": node.name, "bytes": int(columns["output_bytes"][position[source.name]])}

