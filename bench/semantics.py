@@ -13,11 +13,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
 from bench.harness import Case, Series, Settings, Target
+from bench.semantics_held_out import HELD_OUT
 from bench.semantics_score import Tally, score
 from bench.semantics_truth import TruthNode, truth_of
 from genie_dynamo.core.semantics import SemanticGraph
@@ -72,10 +74,15 @@ class Subject:
 
 def subjects(names: tuple[str, ...] = ()) -> Iterator[Subject]:
     """The architectures, built one at a time."""
-    for name in names or (*architectures.ARCHITECTURES, *handwritten.MODELS):
-        if name in architectures.ARCHITECTURES:
+    known = architectures.ARCHITECTURES
+    for name in names or (*known, *handwritten.MODELS):
+        if name in HELD_OUT:
+            with mock.patch.dict(known, HELD_OUT):
+                model, inputs = architectures.build(name)
+            workload = _WORKLOAD[HELD_OUT[name].kind]
+        elif name in known:
             model, inputs = architectures.build(name)
-            workload = _WORKLOAD[architectures.ARCHITECTURES[name].kind]
+            workload = _WORKLOAD[known[name].kind]
         else:
             model, inputs = handwritten.build(name)
             workload = handwritten.MODELS[name][2]
@@ -290,5 +297,7 @@ def run(settings: Settings) -> Iterator[Case]:
     names = ("gpt2", "bert", "resnet", "clip", "whisper", "mixtral", "dlrm", "detector") if settings.quick else ()
     for (kind, named), outcome in accuracy(names).items():
         yield _accuracy_case(kind, named, outcome)
+    for (kind, named), outcome in accuracy(tuple(HELD_OUT)[::8 if settings.quick else 1]).items():
+        yield _accuracy_case(f"held out, {kind}", named, outcome)
     yield _time_case(settings)
 

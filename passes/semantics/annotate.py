@@ -67,7 +67,9 @@ class Annotator:
         modalities = tuple(dict.fromkeys(modality for modality, _ in inputs.values()))
         workload, sure, why = find_workload(
             report.found, modalities, [c.variant for c in containers], [c.kind for c in containers])
-        warnings = [*report.disabled, *_doubts(regions)]
+        disabled = [f"pattern {status.pattern.name} {status.pattern.version} is disabled: {status.disabled}"
+                    for status in self.registry.statuses() if status.disabled]
+        warnings = [*disabled, *_doubts(regions)]
         if sure < TRUSTED_CONFIDENCE:
             warnings.append(f"the workload is {workload} with confidence {sure:.2f} only: {why}")
         graph = SemanticGraph(

@@ -12,6 +12,7 @@ import torch
 from genie_dynamo import testing
 from genie_dynamo.core.errors import ConfigError
 from genie_dynamo.passes.semantics import registry as module
+from genie_dynamo.passes.semantics.annotate import Annotator
 from genie_dynamo.passes.semantics.engine import run_patterns
 from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Pattern
 from genie_dynamo.passes.semantics.registry import REGISTRY, Registry, register_pattern
@@ -84,6 +85,21 @@ def test_one_that_is_slow_is_disabled(registry: Registry) -> None:
     registry.register(pattern())
     assert kinds(registry, clock=lambda: float(next(ticks))) == []
     assert "took 1.00 s of CPU for 3 nodes, the limit is 0.25 s" in registry.statuses()[0].disabled
+
+
+def test_one_that_was_slow_once_is_asked_again(registry: Registry) -> None:
+    """A pause of the process (garbage collection) must not cost a pattern its place."""
+    ticks = iter([0.0, 9.0, 9.0, 9.1, 9.1])
+    registry.register(pattern())
+    assert kinds(registry, clock=lambda: next(ticks)) == ["swish"]
+    assert registry.statuses()[0].disabled == ""
+
+
+def test_every_later_graph_says_what_is_disabled(registry: Registry) -> None:
+    registry.register(pattern(raises))
+    for _ in range(2):
+        graph, _ = Annotator(registry=registry).annotate_view(small_view())
+        assert graph.warnings[0] == "pattern swish 1 is disabled: at gate: KeyError: 'gate'"
 
 
 def test_a_new_version_runs_again(registry: Registry) -> None:
