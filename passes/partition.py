@@ -78,7 +78,8 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
     devices = [_device(worker, lanes, peak_bytes) for worker in workers]
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     plain = cost_graph(gm, devices, {w.name: w.hardware for w in workers}, symbol_values,
-                       static_inputs=[names[i] for i in facts.static_inputs], backward=facts.kind == "backward", activations=False)
+                       static_inputs=[names[i] for i in facts.static_inputs], backward=facts.kind == "backward",
+                       activations=False)
     graph = CostGraph.from_json(plain)
     alternatives = [_single(graph, device) for device in devices]
     possible = [a for a in alternatives if a.est_s is not None]
