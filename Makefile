@@ -5,7 +5,7 @@ PY := .venv/bin/python
 export TORCH_SPEC PYTHON GENIE_SYSTEM
 
 # Seconds that the suites may take on two idle cores; they are stopped at three times that.
-TEST_BUDGET_S ?= 720
+TEST_BUDGET_S ?= 1080
 TEST_LONG_BUDGET_S ?= 3600
 TEST_PROCESSES ?= 2
 TEST_ARGS ?=

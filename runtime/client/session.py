@@ -8,7 +8,8 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -171,13 +172,26 @@ class Session:
 
         Raises: WorkerTimeoutError, WorkerLostError.
         """
-        self.check_open()
-        return {link.name: hardware_of(link, timeout_s, fresh=fresh) for link in list(self.links) if not link.lost}
+        with self._inside() as links:
+            return {link.name: hardware_of(link, timeout_s, fresh=fresh) for link in links}
 
     def lanes(self, timeout_s: float = 30.0) -> tuple[LinkFacts, ...]:
         """Latency and bandwidth between this process and each worker, and between each two workers, measured now."""
-        self.check_open()
-        return links_among([link for link in list(self.links) if not link.lost], timeout_s)
+        with self._inside() as links:
+            return links_among(links, timeout_s)
+
+    @contextmanager
+    def _inside(self) -> Iterator[list[WorkerLink]]:
+        """The workers that live. `close` waits until this thread has left (see _settle)."""
+        links = [link for link in self.links if not link.lost]
+        for link in links:
+            link.in_flight += 1
+        try:
+            self.check_open()
+            yield links
+        finally:
+            for link in links:
+                link.in_flight -= 1
 
     def stats(self) -> dict[str, Any]:
         """The session's counters, with each worker's memory and incarnation."""

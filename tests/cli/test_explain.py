@@ -1,0 +1,48 @@
+"""`genie explain script.py`: the script runs as it would alone, and its graphs are explained."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = """
+import sys
+import torch
+import genie_dynamo as genie
+
+genie.init(workers=1, num_threads=1)
+step = torch.compile(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()), backend="genie")
+with torch.no_grad():
+    print("rows", len(step(torch.randn(int(sys.argv[1]), 64))))
+"""
+
+
+def genie(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "genie_dynamo.cli", *argv], capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.heavy
+def test_a_script_is_explained_in_json_and_as_a_page(tmp_path: Path) -> None:
+    script, page = tmp_path / "script.py", tmp_path / "plan.html"
+    script.write_text(SCRIPT)
+    done = genie("explain", "--json", "--html", str(page), str(script), "7")
+    assert done.returncode == 0, done.stderr
+    assert "rows 7" in done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    (graph,) = document["graphs"]
+    assert document["workers"] == ["w0"]
+    assert graph["measured_s"] > 0 and graph["est_s"] > 0
+    assert "the graph stays whole" in page.read_text()
+
+
+def test_a_script_that_is_not_there_or_compiles_nothing_says_so(tmp_path: Path) -> None:
+    assert "is no file" in genie("explain", "nowhere.py").stderr
+    idle = tmp_path / "idle.py"
+    idle.write_text("print('nothing to do')\n")
+    done = genie("explain", str(idle))
+    assert done.returncode == 1
+    assert 'backend="genie"' in done.stderr
