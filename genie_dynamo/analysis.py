@@ -1,19 +1,25 @@
 """`genie.analyze`: what a model or function means, without running it on a worker."""
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.backends.common import aot_autograd
 
 from genie_dynamo.core.errors import UnsupportedGraphError
 from genie_dynamo.core.semantics import SemanticGraph
+from genie_dynamo.passes.costs import analyze_costs
 from genie_dynamo.passes.facts import read_guards
 from genie_dynamo.passes.semantics.annotate import annotate
+from genie_dynamo.passes.semantics.carry import mark, region_id_of
 
 _LOCK = threading.Lock()
+log = logging.getLogger(__name__)
 
 
 class _Captured(BaseException):
@@ -32,8 +38,10 @@ def analyze(model_or_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Seman
     """
     found: list[SemanticGraph] = []
 
-    def backend(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        found.append(annotate(gm, guards=read_guards(gm)))
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = annotate(gm, guards=read_guards(gm))
+        mark(gm, graph)
+        found.append(_with_costs(graph, _region_costs(gm, inputs)))
 
         def leave(*_: Any) -> Any:
             raise _Captured
@@ -55,6 +63,49 @@ def analyze(model_or_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Seman
         return SemanticGraph(reason="the call computes nothing on tensors",
                              warnings=("the call computes nothing on tensors",))
     return found[-1]
+
+
+def _region_costs(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, tuple[float, float]]:
+    """FLOPs and bytes moved by region: of the ATen ops that AOTAutograd derives, forward only; or nothing."""
+    sums: dict[str, tuple[float, float]] = {}
+
+    def keep(aten: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        costs = analyze_costs(aten)
+        columns = costs.values(_hints(aten))
+        moved = columns["bytes_read"] + columns["bytes_written"]
+        region_of = {node.name: region_id for node in aten.graph.nodes if (region_id := region_id_of(node))}
+        for name, flops, size in zip(costs.nodes, columns["flops"].tolist(), moved.tolist(), strict=True):
+            if name in region_of:
+                before = sums.get(region_of[name], (0.0, 0.0))
+                sums[region_of[name]] = (before[0] + flops, before[1] + size)
+        return aten.forward
+
+    try:
+        aot_autograd(fw_compiler=keep, inference_compiler=keep, keep_inference_input_mutations=True)(gm, inputs)
+    except Exception as error:     # what is understood is worth having without its costs
+        log.info("regions have no costs: %s", error)
+    return sums
+
+
+def _hints(gm: fx.GraphModule) -> dict[str, int]:
+    """The sizes of the captured call, by symbol."""
+    sizes = [size for node in gm.graph.nodes if node.op == "placeholder"
+             for value in (node.meta.get("val"),)
+             for size in (value.shape if isinstance(value, torch.Tensor) else (value,))]
+    return {str(size.node.expr): int(size.node.hint) for size in sizes
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.hint is not None}
+
+
+def _with_costs(graph: SemanticGraph, sums: Mapping[str, tuple[float, float]]) -> SemanticGraph:
+    """Containers have the sums of what they hold."""
+    held: dict[str, tuple[float, float]] = dict(sums)
+    for region in graph.regions:
+        if region.parent and region.region_id in sums:
+            before = held.get(region.parent, (0.0, 0.0))
+            held[region.parent] = (before[0] + sums[region.region_id][0], before[1] + sums[region.region_id][1])
+    return replace(graph, regions=tuple(
+        replace(region, flops=held[region.region_id][0], bytes_moved=held[region.region_id][1])
+        if region.region_id in held else region for region in graph.regions))
 
 
 def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:

@@ -57,6 +57,11 @@ def marked(gm: fx.GraphModule) -> SemanticGraph | None:
     return found if isinstance(found, SemanticGraph) else None
 
 
+def region_id_of(node: fx.Node) -> str:
+    """The region that a node of any derived graph belongs to, or ""."""
+    return str(node.meta.get("custom", {}).get(_KEY, ""))
+
+
 def carry_over(source: fx.GraphModule, gm: fx.GraphModule, part: str) -> None:
     """Give an ATen graph the meaning of the Dynamo graph that it comes from, to be read by `marked`."""
     graph = marked(source)
@@ -72,8 +77,8 @@ def carried(gm: fx.GraphModule, source: SemanticGraph, part: str) -> SemanticGra
     """
     members: dict[str, list[str]] = {}
     for node in gm.graph.nodes:
-        region_id = node.meta.get("custom", {}).get(_KEY)
-        if region_id is not None and node.op == "call_function":
+        region_id = region_id_of(node)
+        if region_id and node.op == "call_function":
             members.setdefault(region_id, []).append(node.name)
     children: dict[str, list[str]] = {}
     for region in source.regions:

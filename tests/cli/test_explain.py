@@ -22,7 +22,8 @@ with torch.no_grad():
 
 
 def genie(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "genie_dynamo.cli", *argv], capture_output=True, text=True, timeout=200)
+    return subprocess.run([sys.executable, "-m", "genie_dynamo.cli", *argv], capture_output=True, text=True,
+                          timeout=200)
 
 
 @pytest.mark.heavy

@@ -66,3 +66,13 @@ def test_the_users_own_error_is_theirs() -> None:
 def test_a_call_without_tensors_says_so() -> None:
     graph = genie.analyze(lambda: 3)
     assert graph.warnings == ("the call computes nothing on tensors",)
+
+
+def test_regions_have_the_costs_of_their_aten_ops() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16)).eval()
+    graph = genie.analyze(model, torch.randn(4, 16))
+    counted = [region for region in graph.regions if region.flops is not None]
+    products = 2 * 2 * 4 * 16 * 64
+    assert counted and products <= sum(region.flops or 0.0 for region in counted) <= 1.5 * products
+    assert sum(region.bytes_moved or 0.0 for region in counted) >= 4 * 2 * 16 * 64
