@@ -1,10 +1,12 @@
 """`genie.place` and `genie.Scheduler`: who runs what, decided by cost."""
 from __future__ import annotations
 
+import contextlib
 import difflib
+import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from genie_dynamo.core.cost_graph import CostGraph, Device
@@ -13,6 +15,7 @@ from genie_dynamo.core.placement import POLICIES, Placement, Policy
 from genie_dynamo.passes.placement.interfaces import CostModel, Limits, Method, PlacementStrategy
 from genie_dynamo.passes.placement.planner import Planner
 
+_SHORT_S = 5.0
 _METHODS = ("auto", "heuristic", "exact")
 
 
@@ -33,7 +36,8 @@ def place(cost_graph: CostGraph, *, devices: Sequence[Device], policy: Policy = 
     """
     limits = Limits(time_limit_s=time_limit_s, latency_bound_s=latency_bound_s, method=method, seed=seed)
     _check(policy, limits)
-    return Planner(time.monotonic).place(cost_graph, devices, policy, limits)
+    with _no_long_pauses(time_limit_s):
+        return Planner(time.monotonic).place(cost_graph, devices, policy, limits)
 
 
 class Scheduler:
@@ -64,7 +68,25 @@ class Scheduler:
             if self._cost_model is None:
                 raise ConfigError(f"a {type(graph).__name__} has no costs; pass a CostGraph, or set_cost_model() first")
             graph = self._cost_model.cost_graph(graph, self._devices)
-        return self._strategy.place(graph, self._devices, self._policy, self._limits)
+        with _no_long_pauses(self._limits.time_limit_s):
+            return self._strategy.place(graph, self._devices, self._policy, self._limits)
+
+
+@contextlib.contextmanager
+def _no_long_pauses(time_limit_s: float | None) -> Iterator[None]:
+    """No cyclic garbage collection within a short search.
+
+    A search makes many small objects and so sets it off; where torch is loaded one full collection takes some 0.2 s,
+    which would break a short limit. What a search makes has no cycles: counting references frees it.
+    """
+    if not gc.isenabled() or (time_limit_s is not None and time_limit_s > _SHORT_S):
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _checked(value: Any, kind: type) -> Any:

@@ -1,6 +1,7 @@
 """`genie.place` and `genie.Scheduler`: limits, refusals, replaceable parts."""
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Sequence
@@ -88,6 +89,21 @@ def test_the_time_limit_holds(policy: Policy, nodes: int, time_limit_s: float) -
     taken_s = min(time.perf_counter() - before, time.process_time() - cpu_before)
     assert taken_s < 1.1 * time_limit_s + 0.1
     assert reference.obeys_limits(graph, DEVICES, placed.device)
+
+
+def test_garbage_is_collected_again_afterwards() -> None:
+    assert gc.isenabled()
+    genie.place(reference.chain(1.0, 2.0, edge_s=1.0), devices=DEVICES)
+    assert gc.isenabled()
+    with pytest.raises(genie.PlacementError):
+        genie.place(reference.chain(1.0), devices=[Device(id="t", kind="tpu")])
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        genie.place(reference.chain(1.0), devices=DEVICES)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_more_time_is_never_worse() -> None:
