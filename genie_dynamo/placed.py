@@ -24,6 +24,7 @@ from genie_dynamo.passes.partition import Partition, partition
 from genie_dynamo.passes.placement.interfaces import Limits
 from genie_dynamo.passes.placement.planner import Planner
 from genie_dynamo.passes.planning import Assign
+from genie_dynamo.placing import no_long_pauses
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph
 from genie_dynamo.runtime.client.session import Session
 
@@ -85,8 +86,10 @@ class PlacedGraph:
 
         Raises: PlacementError, CostError.
         """
-        return partition(self.gm, self.facts, facts.workers, facts.lanes, self._config.policy, Planner(time.monotonic),
-                         Limits(time_limit_s=TIME_LIMIT_S), symbol_values=self.symbol_values)
+        with no_long_pauses(TIME_LIMIT_S):
+            return partition(self.gm, self.facts, facts.workers, facts.lanes, self._config.policy,
+                             Planner(time.monotonic), Limits(time_limit_s=TIME_LIMIT_S),
+                             symbol_values=self.symbol_values)
 
     def _place(self, session: Session, args: Sequence[Any]) -> None:
         if self.facts.kind == "backward":

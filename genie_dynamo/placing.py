@@ -36,7 +36,7 @@ def place(cost_graph: CostGraph, *, devices: Sequence[Device], policy: Policy = 
     """
     limits = Limits(time_limit_s=time_limit_s, latency_bound_s=latency_bound_s, method=method, seed=seed)
     _check(policy, limits)
-    with _no_long_pauses(time_limit_s):
+    with no_long_pauses(time_limit_s):
         return Planner(time.monotonic).place(cost_graph, devices, policy, limits)
 
 
@@ -68,12 +68,12 @@ class Scheduler:
             if self._cost_model is None:
                 raise ConfigError(f"a {type(graph).__name__} has no costs; pass a CostGraph, or set_cost_model() first")
             graph = self._cost_model.cost_graph(graph, self._devices)
-        with _no_long_pauses(self._limits.time_limit_s):
+        with no_long_pauses(self._limits.time_limit_s):
             return self._strategy.place(graph, self._devices, self._policy, self._limits)
 
 
 @contextlib.contextmanager
-def _no_long_pauses(time_limit_s: float | None) -> Iterator[None]:
+def no_long_pauses(time_limit_s: float | None) -> Iterator[None]:
     """No cyclic garbage collection within a short search.
 
     A search makes many small objects and so sets it off; where torch is loaded one full collection takes some 0.2 s,

@@ -20,6 +20,7 @@ from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
 from genie_dynamo.core.placement import Placement, Policy
 from genie_dynamo.passes.costs.analysis import analyze_costs
 from genie_dynamo.passes.costs.cost_graph import cost_graph
+from genie_dynamo.passes.costs.shipped import shipped_fit
 from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.placement.interfaces import Limits, PlacementStrategy
 
@@ -77,7 +78,8 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
     peak_bytes = int(analyze_costs(gm).totals(symbol_values).peak_bytes)
     devices = [_device(worker, lanes, peak_bytes) for worker in workers]
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-    plain = cost_graph(gm, devices, {w.name: w.hardware for w in workers}, symbol_values,
+    fits = {w.name: fit for w in workers if (fit := shipped_fit(w.hardware.kind)) is not None}
+    plain = cost_graph(gm, devices, {w.name: w.hardware for w in workers}, symbol_values, fits=fits,
                        static_inputs=[names[i] for i in facts.static_inputs], backward=facts.kind == "backward",
                        activations=False)
     graph = CostGraph.from_json(plain)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import fx
+from torch._ops import OpOverload
 
 from genie_dynamo.core.errors import CostError
 from genie_dynamo.core.hardware import HardwareFacts
@@ -99,6 +100,9 @@ def _together(gm: fx.GraphModule, static_inputs: frozenset[str]) -> tuple[dict[s
             if readers:
                 held = sum(map(size_bytes, tensors_in(node.meta.get("val"))))
                 weights[readers[0]] = weights.get(readers[0], 0) + int(held)
+            # A view of a weight is no copy of it: who reads the view reads the weight.
+            views = [user for user in node.users if isinstance(user.target, OpOverload) and user.target.is_view]
+            readers += [user.name for view in views for user in view.users if user.op == "call_function"]
             for reader in readers[1:]:
                 leader[find(reader)] = find(readers[0])
         elif node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].op != "placeholder":

@@ -23,7 +23,8 @@ def installed_name(path: Path) -> str:
 
 def source_files() -> set[str]:
     folders = [ROOT / name for name in ("genie_dynamo", "passes", "runtime")]
-    return {installed_name(path) for folder in folders for path in folder.rglob("*.py")} | {"genie.py"}
+    return {installed_name(path) for folder in folders for kind in ("*.py", "*.json")
+            for path in folder.rglob(kind)} | {"genie.py"}
 
 
 def run(*command: str | Path, cwd: Path) -> str:
