@@ -17,7 +17,13 @@ from torch import fx
 
 from genie_dynamo import worker_facts
 from genie_dynamo.core.config import Config
-from genie_dynamo.core.errors import CostError
+from genie_dynamo.core.errors import (
+    CostError,
+    PlacementError,
+    PlanError,
+    UnsupportedGraphError,
+    WorkerLostError,
+)
 from genie_dynamo.passes.costs.symbols import SymbolBinding
 from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.partition import Partition, partition
@@ -60,6 +66,7 @@ class PlacedGraph:
         self.symbol_values: Mapping[str, int] = {}
         self._config, self._homes = config, homes
         self._lock = threading.Lock()
+        self._workers: tuple[str, ...] = ()               # that `current` needs; empty: any will do
         self._get_session, self._build = get_session, build
         self._anywhere = self._current = anywhere
         self._key: Any = None
@@ -79,7 +86,22 @@ class PlacedGraph:
                 self._lock.release()
         if self.observed:
             self.symbol_values = self._symbols(args)
-        return self._current(args)
+        if self._current is self._anywhere or self.facts.kind == "backward":
+            return self._current(args)
+        values = list(args)
+        try:
+            return self._current(args)
+        except WorkerLostError as error:
+            # One worker of the cut is gone and was not replaced: the others can run the graph whole.
+            if self._config.on_worker_loss == "error":
+                raise
+            log.warning("%s was cut over %s and runs whole now: %s", self.label, ", ".join(self._workers), error)
+            self._make_whole()
+            return self._current(values)
+
+    def _make_whole(self) -> None:
+        self._current, self._workers = self._anywhere, ()
+        self._homes.workers, self._homes.of_value = (), {}
 
     def price(self, facts: worker_facts.Facts) -> Partition:
         """What placement says of this graph for the sizes of the last observed call.
@@ -100,6 +122,8 @@ class PlacedGraph:
         key = worker_facts.incarnations(session)
         if key == self._key:
             return
+        if not set(self._workers) <= {link.name for link in session.links if not link.lost}:
+            self._make_whole()
         facts = worker_facts.facts_of(session)
         if facts is None:
             return
@@ -107,16 +131,25 @@ class PlacedGraph:
         self.symbol_values = self._symbols(args)
         try:
             found = self.price(facts)
-        except CostError as error:
-            log.info("%s cannot be priced and stays on one worker: %s", self.label, error)
-            return
+            self._settle(found)
+        except (CostError, PlanError, UnsupportedGraphError) as error:
+            log.info("%s cannot be priced or cut, and stays on one worker: %s", self.label, error)
+            self._make_whole()
+        except PlacementError as error:
+            log.warning("%s does not fit the workers by estimate, and runs whole on one: %s", self.label, error)
+            self._make_whole()
+
+    def _settle(self, found: Partition) -> None:
+        """Go by a partition from now on."""
         if len(found.workers) > 1:
+            cut = self._build(lambda node: found.assign.get(node.name, 0), found.workers)
             log.info("%s is cut over %s: %.3g ms estimated", self.label, ", ".join(found.workers), found.est_s * 1e3)
-            self._current = self._build(lambda node: found.assign.get(node.name, 0), found.workers)
+            self._current, self._workers = cut, found.workers
             self._homes.workers, self._homes.of_value = found.workers, found.assign
-        else:
-            self._current = self._anywhere
-            self._homes.workers, self._homes.of_value = (), {}
+            return
+        self._make_whole()
+        if found.pinned:
+            self._current, self._workers = self._build(lambda node: 0, found.workers), found.workers
 
     def _follow(self) -> None:
         """A backward graph runs where the activations are that it reads."""

@@ -7,7 +7,7 @@ import weakref
 from dataclasses import dataclass
 
 from genie_dynamo.core.errors import GenieError
-from genie_dynamo.core.hardware import LinkFacts
+from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
 from genie_dynamo.passes.partition import WorkerFacts
 from genie_dynamo.runtime.client.session import Session
 
@@ -76,7 +76,14 @@ def _measure(session_ref: weakref.ref[Session], measurement: _Measurement, key: 
         log.info("workers could not be measured, graphs stay on one each: %s", error)
         measurement.failed = key
         return
-    names = [link.name for link in session.links if link.key in key and link.name in hardware]
+    live = [link for link in session.links if link.key in key and link.name in hardware]
+    embedded = max(1, sum(link.embedded is not None for link in live))      # they share this machine's memory
     measurement.facts = Facts(
-        key=key, workers=tuple(WorkerFacts(name=name, hardware=hardware[name], memory_bytes=hardware[name].memory_bytes)
-                               for name in names), lanes=lanes)
+        key=key, lanes=lanes,
+        workers=tuple(WorkerFacts(name=link.name, hardware=hardware[link.name],
+                                  memory_bytes=_memory_of(hardware[link.name], embedded if link.embedded else 1))
+                      for link in live))
+
+
+def _memory_of(hardware: HardwareFacts, sharers: int) -> int | None:
+    return None if hardware.memory_bytes is None else hardware.memory_bytes // sharers

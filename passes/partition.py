@@ -31,6 +31,10 @@ MIN_GAIN_S = 0.5e-3
 """And to win at least this much: what one more worker costs a call in messages and wake-ups."""
 
 
+UNEQUAL = 1.2
+"""Workers that are estimated to differ by more than this are not taken one for the other."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerFacts:
     """One worker as placement sees it."""
@@ -57,11 +61,11 @@ class Partition:
     workers: tuple[str, ...]
     assign: Mapping[str, int]
     seconds: Mapping[str, float]             # estimate of each node where it was placed
-    bytes_out: Mapping[str, int]             # size of each node's result
     memory_bytes: Mapping[str, int]
     est_s: float                             # of a call, messages to and from the client not counted
     alternatives: tuple[Alternative, ...]
     placement: Placement | None              # None where one worker was chosen
+    pinned: bool                             # whole, but not every worker will do: some cannot, or are much slower
 
 
 def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
@@ -99,6 +103,8 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
             raise
         cut = Alternative(name="cut", est_s=None, chosen=False, reason=str(error))
     use_cut = placed is not None and _worth(placed, rival)
+    pinned = not use_cut and (len(possible) < len(devices) or (
+        policy == "min_latency" and best is not None and _slowest(possible) > UNEQUAL * (best.est_s or 0.0)))
     alternatives = _judged(alternatives, cut, rival, use_cut)
     if use_cut:
         assert placed is not None
@@ -108,13 +114,12 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
         device_of = dict.fromkeys(graph.index, best.name)
     used = [w.name for w in workers if w.name in set(device_of.values())]
     number = {name: index for index, name in enumerate(used)}
-    size = {edge.src: edge.size_bytes or 0 for edge in graph.edges}
     return Partition(
         workers=tuple(used), assign={node: number[device] for node, device in device_of.items()},
-        seconds={n.id: n.seconds[device_of[n.id]] or 0.0 for n in graph.nodes}, bytes_out=size,
+        seconds={n.id: n.seconds[device_of[n.id]] or 0.0 for n in graph.nodes},
         memory_bytes={n.id: n.memory_bytes for n in graph.nodes},
         est_s=next(a.est_s for a in alternatives if a.chosen) or 0.0,
-        alternatives=tuple(alternatives), placement=placed if use_cut else None)
+        alternatives=tuple(alternatives), placement=placed if use_cut else None, pinned=pinned)
 
 
 def _device(worker: WorkerFacts, lanes: Sequence[LinkFacts], peak_bytes: int) -> Device:
@@ -140,6 +145,10 @@ def _single(graph: CostGraph, device: Device) -> Alternative:
                                   f"{device.memory_bytes / 2**30:.3g} GiB for them beside the call's own peak")
     seconds = sum(node.seconds[device.kind] or 0.0 for node in graph.nodes)
     return Alternative(name=device.id, est_s=seconds, chosen=False, reason="")
+
+
+def _slowest(possible: Sequence[Alternative]) -> float:
+    return max(a.est_s or 0.0 for a in possible)
 
 
 def _spread(possible: Sequence[Alternative]) -> Alternative:

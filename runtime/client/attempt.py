@@ -8,7 +8,6 @@ of them is lost.
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -46,18 +45,11 @@ class GraphInfo(NamedTuple):
 class SessionPart:
     """What a graph knows about one session: its bindings, its parameters there, the workers that have them."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = weakref.ref(session)
+    def __init__(self) -> None:
         self.bindings: dict[tuple[str, ...], Binding] = {}
         self.statics: StaticSet | None = None
         self.prefer: tuple[str, ...] = ()
         self.refusal = ""
-
-    @property
-    def session(self) -> Session:
-        session = self._session()
-        assert session is not None
-        return session
 
 
 class Attempts:
@@ -127,7 +119,9 @@ class Attempts:
                 link = next(iter(handles.values())).link
                 link.check_alive()
             else:
-                link = self._named(session)[0] if self._workers else session.pick(part.prefer)
+                # The worker that the graph was placed on, where it lives; else any: its loss must not stop the graph.
+                placed = [x for x in session.links if x.name in self._workers and not x.lost]
+                link = placed[0] if placed else session.pick(part.prefer)
             links, key = [link], (link.key,)
         else:
             session.pick()       # replaces lost workers
@@ -137,7 +131,7 @@ class Attempts:
             key = tuple([link.key for link in links])
         binding = part.bindings.get(key)
         if binding is None or not binding.usable:
-            with part.session.residency.lock:
+            with session.residency.lock:
                 binding = part.bindings.get(key)
                 if binding is None or not binding.usable:
                     binding = bind(session, self.plan, self._specs, links, self._config.worker_compiler,
@@ -204,7 +198,7 @@ class Attempts:
             header = pack(m.to_wire(
                 m.Run(request, bound.program.program_id, call_id, tuple(encoded), keeps, tuple(needs.incoming),
                       link.take_frees(), -template.number if template.known else template.number)))
-            connection.run(header, frames, streaming=self.plan.num_workers == 1)
+            connection.run(header, frames, deadline_s, streaming=self.plan.num_workers == 1)
             inline = sum(sent.values()) - (sum(map(len, frames)) if frames else 0)
             sent["control"] = len(header) - inline
             for upload in needs.changed:

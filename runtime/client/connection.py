@@ -5,7 +5,9 @@ brings their answers. Answers too large for it come over the ZeroMQ socket, and 
 """
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket as socket_module
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -15,6 +17,7 @@ import zmq
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import (
     WIRE_ERRORS,
+    AuthenticationError,
     GenieError,
     ProtocolError,
     RemoteExecutionError,
@@ -32,15 +35,17 @@ log = logging.getLogger(__name__)
 POLL_MS = 100
 """How often a waiting thread looks whether its worker is still there. It sleeps in between."""
 STREAM_GRACE_S = 1.0
-"""How long a closed stream may be ahead of the news that its worker has ended."""
+"""How long a closed stream may be ahead of the news that its worker has ended, where that is seen at once."""
 
 
 class Connection:
     """Used by one thread at a time. After an error that leaves replies under way, close it: never reuse it."""
 
-    def __init__(self, socket: zmq.Socket[bytes], address: str, check_alive: Callable[[], None]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], address: str, check_alive: Callable[[], None],
+                 grace_s: float = STREAM_GRACE_S) -> None:
         self.socket = socket
         self._check_alive = check_alive
+        self._grace_s = grace_s
         self._requests = 0
         self.address = address
         self._stream: stream.Socket | None = None
@@ -70,10 +75,10 @@ class Connection:
             self.socket.send(header)
         return len(header)
 
-    def run(self, header: bytes, frames: Sequence[Any], streaming: bool = True) -> None:
+    def run(self, header: bytes, frames: Sequence[Any], deadline_s: float, streaming: bool = True) -> None:
         """Send a packed Run, over the stream if that is allowed and it fits; `receive` then waits at the right place.
 
-        Raises: WorkerLostError.
+        Raises: WorkerLostError, WorkerTimeoutError.
         """
         self._streaming = streaming and self._stream is not None and stream.fits(header, frames)
         if not self._streaming:
@@ -81,7 +86,9 @@ class Connection:
             return
         assert self._stream is not None
         try:
-            stream.send_all(self._stream, stream.to_parts(header, frames))
+            stream.send_all(self._stream, stream.to_parts(header, frames), lambda: self._still_waiting(deadline_s))
+        except GenieError:
+            raise            # a WorkerTimeoutError is an OSError too
         except OSError as error:
             self._stream_broke(error)
 
@@ -129,7 +136,7 @@ class Connection:
 
     def _stream_broke(self, error: BaseException) -> NoReturn:
         """The worker has closed the stream: mostly because it is gone, which shows within moments."""
-        until_s = time.monotonic() + STREAM_GRACE_S
+        until_s = time.monotonic() + self._grace_s
         while time.monotonic() < until_s:
             self._check_alive()
             time.sleep(POLL_MS / 1000)
@@ -140,12 +147,13 @@ class Connection:
         """Open the stream that the worker offers; without it everything goes over ZeroMQ."""
         try:
             sock = stream.connect(address, POLL_MS / 1000, timeout_s)
-        except OSError as error:
+        except (OSError, AuthenticationError) as error:
             log.info("no stream to %s: %s", address, error)
             return
         self._stream, self._reader = sock, stream.Reader(sock)
-        self.run(pack(m.to_wire(m.Hello(m.PROTOCOL_VERSION, token, lease_s, {}, route))), ())
-        answer, _, _ = self.receive(time.monotonic() + timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        self.run(pack(m.to_wire(m.Hello(m.PROTOCOL_VERSION, token, lease_s, {}, route))), (), deadline_s)
+        answer, _, _ = self.receive(deadline_s)
         if isinstance(answer, m.Failure):
             raise to_error(answer, address)
 
@@ -165,6 +173,9 @@ class Connection:
 
     def close(self, linger_ms: int = 0) -> None:
         if self._stream is not None:
+            # A forked child has a duplicate of the descriptor: closing ours alone would tell the worker nothing.
+            with contextlib.suppress(OSError):
+                self._stream.shutdown(socket_module.SHUT_RDWR)
             self._stream.close()
         self.socket.close(linger=linger_ms)
 

@@ -52,7 +52,7 @@ class RemoteGraph:
         session = self._get_session()
         part = self._per_session.get(session)
         if part is None:
-            part = self._per_session[session] = SessionPart(session)
+            part = self._per_session[session] = SessionPart()
             weakref.finalize(self, _drop_programs, weakref.ref(session), part.bindings)
         if self._config.verify and random.random() < self._config.verify:
             return self._verified(session, part, values, started_s)

@@ -19,7 +19,7 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import GenieError, SessionClosedError, WorkerError, WorkerLostError
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
-from genie_dynamo.runtime.client.connection import beside, to_error
+from genie_dynamo.runtime.client.connection import STREAM_GRACE_S, beside, to_error
 from genie_dynamo.runtime.client.measuring import hardware_of, links_among
 from genie_dynamo.runtime.client.residency import Residency
 from genie_dynamo.runtime.client.workers import WorkerLink
@@ -266,7 +266,10 @@ class Session:
             name=name, address=address, server_key=server_key, embedded=embedded, context=self._context,
             security=self._security, token=self.token,
             lease_s=0.0 if embedded is not None else self.config.session_lease_s,
-            timeout_s=timeout_s or self.config.connect_timeout_s, why_lost=self._why_lost)
+            timeout_s=timeout_s or self.config.connect_timeout_s, why_lost=self._why_lost,
+            # The end of an embedded worker is seen at once, that of another by its heartbeat.
+            grace_s=STREAM_GRACE_S if embedded is not None else (
+                self.config.heartbeat_timeout_s + 2 * self.config.heartbeat_interval_s))
         alive = (lambda: embedded.alive) if embedded is not None else None
         self.monitor.add(link.key, beside(link.address, link.welcome.heartbeat_address), self._security,
                          link.incarnation, server_public=server_key, is_alive=alive)

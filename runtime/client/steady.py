@@ -37,9 +37,10 @@ def steady_call(session: Session, bound: BoundProgram, template: Template, args:
         connection = link.borrow()
         call_id = session.next_id()
         try:
-            request, sent = _send(connection, bound, template, args, call_id)
+            deadline_s = time.monotonic() + timeout_s
+            request, sent = _send(connection, bound, template, args, call_id, deadline_s)
             sent_s = time.perf_counter()
-            values, result, received = _receive(connection, bound, request, time.monotonic() + timeout_s)
+            values, result, received = _receive(connection, bound, request, deadline_s)
         except _RefusedError as refused:
             bound.template = Template(None, template.references, bound.arguments, 0)
             link.give_back(connection)
@@ -64,7 +65,7 @@ def steady_call(session: Session, bound: BoundProgram, template: Template, args:
 
 
 def _send(connection: Connection, bound: BoundProgram, template: Template, args: list[Any],
-          call_id: int) -> tuple[int, dict[str, int]]:
+          call_id: int, deadline_s: float) -> tuple[int, dict[str, int]]:
     frames: list[Any] = []
     arguments: list[Any] = []
     inline_bytes = 0
@@ -79,7 +80,7 @@ def _send(connection: Connection, bound: BoundProgram, template: Template, args:
     request = connection.next_request()
     header = pack(m.to_wire(m.Run(request, bound.program.program_id, call_id, tuple(arguments), (), (),
                                   bound.link.take_frees(), -template.number)))
-    connection.run(header, frames)
+    connection.run(header, frames, deadline_s)
     inputs = inline_bytes + sum(map(len, frames)) if frames else inline_bytes
     return request, {"inputs": inputs, "control": len(header) - inline_bytes}
 

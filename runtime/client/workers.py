@@ -21,7 +21,7 @@ class WorkerLink:
 
     def __init__(self, *, name: str, address: str, server_key: bytes | None, embedded: EmbeddedWorker | None,
                  context: zmq.Context[Any], security: Security, token: bytes, lease_s: float, timeout_s: float,
-                 why_lost: Callable[[WorkerLink], str | None]) -> None:
+                 why_lost: Callable[[WorkerLink], str | None], grace_s: float) -> None:
         self.name = name
         self.address = address
         self.server_key = server_key
@@ -36,6 +36,7 @@ class WorkerLink:
         self._security = security
         self._hello = (token, lease_s, {"client": name}, timeout_s)
         self._why_lost = why_lost
+        self._grace_s = grace_s
         self._idle: list[Connection] = []
         self.incarnation = ""
         self.key = f"{name}/"                             # asked for already while nobody has answered
@@ -118,4 +119,4 @@ class WorkerLink:
         harden(socket, "client")
         apply_client(socket, self._security, self.server_key)
         socket.connect(self.address)
-        return Connection(socket, self.address, self.check_alive)
+        return Connection(socket, self.address, self.check_alive, self._grace_s)

@@ -12,11 +12,13 @@ A Unix socket lies beside the worker's own in a directory of mode 0700; both end
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import socket as socket_module
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +33,7 @@ ELSEWHERE: Final = struct.pack("<II", 0, 0)
 
 _PREFIX = struct.Struct("<II")
 _BUFFER_BYTES = 64 << 10
+_MAX_BUFFERS = 256                     # of one system call
 _MAX_FRAMES = 64                       # each has more than INLINE_BYTES (zmq_frames.py)
 _MAX_BYTES = STREAM_BYTES + _BUFFER_BYTES
 _SOCKET_BUFFER_BYTES = STREAM_BYTES    # the kernel may give less
@@ -55,14 +58,19 @@ def to_parts(header: bytes, frames: Sequence[Any]) -> list[Any]:
     return [_PREFIX.pack(len(header), len(frames)) + sizes + header, *frames]
 
 
-def send_all(sock: Socket, parts: Sequence[Any]) -> None:
-    """Send from a blocking socket. Raises: OSError."""
-    if len(parts) == 1:
-        sock.sendall(parts[0])
-        return
+def send_all(sock: Socket, parts: Sequence[Any], waiting: Callable[[], None]) -> None:
+    """Send from a blocking socket; `waiting` is called, and may raise, whenever it has taken nothing for a while.
+
+    Raises: OSError.
+    """
     left = deque([memoryview(part) for part in parts])
     while left:
-        _advance(left, sock.sendmsg(left))
+        try:
+            sent = sock.sendmsg(left)
+        except BlockingIOError:
+            waiting()
+        else:
+            _advance(left, sent)
 
 
 def _advance(left: deque[memoryview], sent: int) -> None:
@@ -98,10 +106,15 @@ class Outbox:
         """Go on sending; True when nothing is left. Raises: OSError where the peer is gone."""
         try:
             while self._left:
-                _advance(self._left, self._socket.sendmsg(self._left))
+                _advance(self._left, self._socket.sendmsg(list(itertools.islice(self._left, _MAX_BUFFERS))))
         except BlockingIOError:
             return False
         return True
+
+    @property
+    def size_bytes(self) -> int:
+        """What is still to be sent."""
+        return sum(part.nbytes for part in self._left)
 
 
 class Reader:
@@ -210,7 +223,7 @@ def listen(address: str) -> Socket:
     family, name = _family(address)
     sock = Socket(family, socket_module.SOCK_STREAM)
     try:
-        sock.bind(name)
+        _bind(sock, name)
         if family == socket_module.AF_UNIX:
             Path(str(name)).chmod(0o600)
         sock.listen(64)
@@ -219,6 +232,20 @@ def listen(address: str) -> Socket:
         raise
     sock.setblocking(False)
     return sock
+
+
+def _bind(sock: Socket, name: Any) -> None:
+    """Bind; the file that a killed worker has left at a Unix socket's path is removed, as ZeroMQ does with its own."""
+    try:
+        sock.bind(name)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE or sock.family != socket_module.AF_UNIX:
+            raise
+        with Socket(sock.family, socket_module.SOCK_STREAM) as probe:
+            if probe.connect_ex(name) != errno.ECONNREFUSED:
+                raise
+        Path(name).unlink()
+        sock.bind(name)
 
 
 def accept(listener: Socket) -> Socket:
@@ -230,7 +257,7 @@ def accept(listener: Socket) -> Socket:
 
 
 def connect(address: str, poll_s: float, timeout_s: float) -> Socket:
-    """A blocking socket whose reads give up after `poll_s`. Raises: OSError, AuthenticationError."""
+    """A blocking socket whose reads and writes give up after `poll_s`. Raises: OSError, AuthenticationError."""
     family, name = _family(address)
     sock = Socket(family, socket_module.SOCK_STREAM)
     sock.settimeout(timeout_s)
@@ -242,8 +269,9 @@ def connect(address: str, poll_s: float, timeout_s: float) -> Socket:
         sock.close()
         raise
     whole, part = divmod(poll_s, 1.0)
-    sock.setsockopt(socket_module.SOL_SOCKET, socket_module.SO_RCVTIMEO,
-                    struct.pack("ll", int(whole), int(part * 1e6)))
+    limit = struct.pack("ll", int(whole), int(part * 1e6))
+    for option in (socket_module.SO_RCVTIMEO, socket_module.SO_SNDTIMEO):
+        sock.setsockopt(socket_module.SOL_SOCKET, option, limit)
     return sock
 
 

@@ -101,18 +101,22 @@ class Shell:
 
     def _listen(self, timeout_s: float) -> bool:
         """Handle what has arrived, at most one message of each client; False where nothing has, in time."""
+        received = False
         if self._socket_used:
-            if self._receive():
-                return True
-            self._socket_used = False
-        events = self._poller.poll(timeout_s)
+            received = self._receive()
+            self._socket_used = received
+        # A backlog on the one kind of socket does not keep the other waiting.
+        busy = received or (self._streams is not None and self._streams.has_more)
+        events = self._poller.poll(0.0 if busy else timeout_s)
         for fd, mask in events:
             if fd == self._socket_fd:
                 self._socket_used = True
             else:
                 assert self._streams is not None
                 self._streams.serve(fd, mask)
-        return bool(events)
+        if self._streams is not None and self._streams.has_more:
+            self._streams.serve_more()
+        return busy or bool(events)
 
     def _receive(self) -> bool:
         """Read and handle one message of the ZeroMQ socket; False where none has come."""

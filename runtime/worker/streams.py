@@ -7,10 +7,13 @@ import select
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from genie_dynamo.core.errors import GenieError
+from genie_dynamo.core.errors import GenieError, MessageLimitError
 from genie_dynamo.runtime.lanes import stream
 
 log = logging.getLogger(__name__)
+
+_MAX_UNREAD_BYTES = 4 * stream.STREAM_BYTES
+"""A client that lets more answers than this pile up is dropped."""
 
 OnMessage = Callable[[bytes, bytes, Sequence[Any]], None]
 
@@ -41,6 +44,7 @@ class Streams:
         self._numbers = itertools.count(1)
         self._by_fd: dict[int, _Client] = {}
         self._by_name: dict[bytes, _Client] = {}
+        self._more: set[_Client] = set()
         poller.register(listener.fileno(), select.EPOLLIN)
 
     def __contains__(self, connection: bytes) -> bool:
@@ -56,16 +60,34 @@ class Streams:
         try:
             if mask & select.EPOLLOUT and client.outbox.flush():
                 self._poller.modify(fd, select.EPOLLIN)
-            more = bool(mask & ~select.EPOLLOUT)
-            while more:
-                message = client.reader.read()
-                if message is not None:
-                    self._on_message(client.name, *message)
-                more = client.reader.has_more and client.name in self._by_name
-        except BlockingIOError:
-            pass
+            if mask & ~select.EPOLLOUT:
+                self._read(client)
         except (EOFError, OSError, GenieError) as error:
             self._drop(client, error)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether clients sent more than one message at a time: epoll does not tell of what has been read already."""
+        return bool(self._more)
+
+    def serve_more(self) -> None:
+        """One more message of each such client."""
+        for client in list(self._more):
+            self._more.discard(client)
+            try:
+                self._read(client)
+            except (EOFError, OSError, GenieError) as error:
+                self._drop(client, error)
+
+    def _read(self, client: _Client) -> None:
+        try:
+            message = client.reader.read()
+        except BlockingIOError:
+            return
+        if message is not None:
+            self._on_message(client.name, *message)
+        if client.reader.has_more and client.name in self._by_name:
+            self._more.add(client)
 
     def send(self, connection: bytes, parts: Sequence[Any]) -> None:
         """Send, or queue what the socket does not take; a client that is gone is forgotten."""
@@ -74,6 +96,10 @@ class Streams:
             return
         try:
             if not client.outbox.send(parts):
+                if client.outbox.size_bytes > _MAX_UNREAD_BYTES:
+                    self._drop(client, MessageLimitError(
+                        f"it does not read its answers: {client.outbox.size_bytes} bytes wait"))
+                    return
                 self._poller.modify(client.socket.fileno(), select.EPOLLIN | select.EPOLLOUT)
         except OSError as error:
             self._drop(client, error)
@@ -105,5 +131,6 @@ class Streams:
         fd = client.socket.fileno()
         self._poller.unregister(fd)
         del self._by_fd[fd], self._by_name[client.name]
+        self._more.discard(client)
         client.socket.close()
         self._on_left(client.name)

@@ -12,6 +12,8 @@ import torch
 
 import genie_dynamo as genie
 from genie_dynamo import sessions, worker_facts
+from genie_dynamo.core.errors import PlanError
+from genie_dynamo.placed import PlacedGraph
 from tests.passes.test_partition import WORKERS, Towers, lane
 
 
@@ -76,6 +78,33 @@ def test_a_worker_that_dies_is_replaced_and_the_graph_goes_on() -> None:
         link.embedded.process.wait()
         for _ in range(2):
             torch.testing.assert_close(compiled(x, y), expected, rtol=0, atol=0)
+
+
+def test_a_cut_whose_worker_is_gone_for_good_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, y) = Towers().eval(), inputs()
+    compiled = torch.compile(model, backend="genie")
+    with torch.no_grad():
+        expected = compiled(x, y)
+        session = genie.session()
+        monkeypatch.setattr(session, "replace_lost", lambda: None)
+        link = session.links[1]
+        assert link.embedded is not None
+        link.embedded.process.kill()
+        link.embedded.process.wait()
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x, y), expected, rtol=0, atol=0)
+    assert calls()["w0"] == 3
+
+
+def test_a_cut_that_cannot_be_planned_leaves_the_graph_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise PlanError("outputs share memory but are made on two workers")
+
+    model, (x, y) = Towers().eval(), inputs()
+    monkeypatch.setattr(PlacedGraph, "_settle", broken)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="genie")(x, y), model(x, y), rtol=0, atol=0)
+    assert sum(calls().values()) == 1
 
 
 def test_explain_shows_fragments_alternatives_and_what_was_measured(tmp_path: Path) -> None:

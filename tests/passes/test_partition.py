@@ -86,7 +86,7 @@ def test_a_chain_stays_whole_and_says_why() -> None:
     found = place(capture(nn.Sequential(*[nn.Linear(256, 256) for _ in range(6)]).eval(), torch.randn(64, 256)))
     assert len(found.workers) == 1 and set(found.assign.values()) == {0}
     assert sum(a.chosen for a in found.alternatives) == 1
-    assert found.placement is None
+    assert found.placement is None and not found.pinned
 
 
 def test_a_slow_lane_keeps_the_towers_together(towers: Any) -> None:
@@ -98,7 +98,7 @@ def test_the_faster_of_two_unequal_workers_gets_a_whole_graph() -> None:
     slow = replace(HARDWARE, matmul_flops_per_s=(("float32", 1e9),), memory_bytes_per_s=((1, 1e8),))
     workers = [WorkerFacts(name="w0", hardware=slow), WorkerFacts(name="w1", hardware=HARDWARE)]
     found = place(capture(nn.Sequential(nn.Linear(256, 256), nn.ReLU()).eval(), torch.randn(64, 256)), workers)
-    assert found.workers == ("w1",)
+    assert found.workers == ("w1",) and found.pinned
 
 
 def test_a_graph_too_large_for_one_worker_is_split_so_that_it_fits() -> None:

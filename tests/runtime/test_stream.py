@@ -62,7 +62,7 @@ def test_a_frame_arrives_in_memory_of_its_own_that_kernels_like() -> None:
     with ours, theirs:
         reader = stream.Reader(theirs)
         payload = torch.arange(40_000, dtype=torch.float32)
-        stream.send_all(ours, stream.to_parts(b"h", [memoryview(payload.numpy()).cast("B")]))
+        stream.send_all(ours, stream.to_parts(b"h", [memoryview(payload.numpy()).cast("B")]), pytest.fail)
         message = reader.read()
         assert message is not None
         frame = message[1][0]
@@ -186,6 +186,50 @@ class _OtherUser:
 
     def unpack(self, data: bytes) -> tuple[int, int, int]:
         return 1, 7, 7
+
+
+def test_sending_to_a_peer_that_does_not_read_gives_the_caller_the_word(server: Server) -> None:
+    sock = stream.connect(server.address, 0.05, 5.0)
+    asked: list[int] = []
+
+    def waiting() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise TimeoutError
+
+    with sock, pytest.raises(TimeoutError):
+        stream.send_all(sock, [bytes(64 << 20)], waiting)
+
+
+def test_a_client_that_never_reads_is_dropped(server: Server) -> None:
+    with stream.connect(server.address, 5.0, 5.0) as sock:
+        server.turn()
+        sock.sendall(as_bytes(b"hello", []))
+        server.turn()
+        (connection, _), = server.seen
+        for _ in range(200):
+            server.streams.send(connection, [bytes(1 << 20)])
+        assert server.left == [connection]
+
+
+def test_several_messages_at_once_are_all_served_in_turn(server: Server) -> None:
+    with stream.connect(server.address, 5.0, 5.0) as sock:
+        server.turn()
+        sock.sendall(b"".join(as_bytes(name, []) for name in (b"a", b"b", b"c")))
+        server.turn()
+        assert [header for _, header in server.seen] == [b"a"] and server.streams.has_more
+        while server.streams.has_more:
+            server.streams.serve_more()
+        assert [header for _, header in server.seen] == [b"a", b"b", b"c"]
+
+
+def test_the_file_that_a_killed_worker_left_is_replaced(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/left.run"
+    stream.listen(address).close()
+    again = stream.listen(address)
+    with pytest.raises(OSError, match="in use"):
+        stream.listen(address)
+    stream.close_listener(again)
 
 
 def test_tcp_streams_know_their_port() -> None:
