@@ -105,7 +105,6 @@ class Answers:
             return
         inline = 0
         landed: list[tuple[int, Any]] = []
-        shared: list[torch.Tensor] = []
         spans: dict[int, torch.Tensor] = {}
         for index, value in message.values:
             if type(value) is tuple:

@@ -40,9 +40,9 @@ def _template(run: RunRecord) -> Template:
                     tuple(v for v in run.program.inputs if v not in resident))
 
 
-def _handles(message: m.Run) -> set[tuple[int, int]]:
+def _handles(message: m.Run, kinds: tuple[int, ...]) -> set[tuple[int, int]]:
     """The resident tensors that a call names."""
-    return {(a[1], a[2]) for a in message.arguments if type(a) is tuple and len(a) >= 3}
+    return {(a[1], a[2]) for a in message.arguments if type(a) is tuple and a[0] in kinds}
 
 
 class Runs:
@@ -88,7 +88,7 @@ class Runs:
         for value_id, argument in zip(value_ids, message.arguments, strict=True):
             self._bind(run, value_id, argument, event.frames, incoming)
         if session.resident_bytes > session.quota_bytes:
-            self.residents.make_room(session, _handles(message) | (template.keys if template is not None else _NONE))
+            self.residents.make_room(session, _handles(message, (m.RESIDENT, m.HELD, m.STORE)) | self._remembered(run))
         if message.template > 0:
             session.templates[message.program_id] = _template(run)
         if program.receives:
@@ -208,13 +208,20 @@ class Runs:
             self.residents.keep(session, key, value)
         if session.resident_bytes > session.quota_bytes:
             try:
-                self.residents.make_room(session, ())
+                # What the call read may go now, but for the weights: the next call needs them and this one's results.
+                self.residents.make_room(session, _handles(message, (m.RESIDENT,)) | self._remembered(run))
             except WorkerMemoryError as error:
                 for key, _ in stays:
                     self.residents.discard(session, key)
                 run.abandoned = True
                 return [Reply(run.connection, failure(message.request, error))]
         return [self._result(run, event)]
+
+    @staticmethod
+    def _remembered(run: RunRecord) -> frozenset[tuple[int, int]]:
+        """The resident tensors that a call takes from its template."""
+        template = run.session.templates.get(run.message.program_id) if run.message.template < 0 else None
+        return template.keys if template is not None else _NONE
 
     def _result(self, run: RunRecord, event: Finished) -> Reply:
         session, message = run.session, run.message

@@ -13,7 +13,8 @@ from tests.models.architectures import build
 PROMPT_KEYS = ("input_ids", "attention_mask", "input_features", "decoder_input_ids")
 
 
-def pair(name: str, *, batch: int = 2, dynamic: bool | None = None, **options: Any) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
+def pair(name: str, *, batch: int = 2, dynamic: bool | None = None,
+         **options: Any) -> tuple[nn.Module, nn.Module, dict[str, Tensor]]:
     """An eager model, the same one with a compiled forward, and the arguments of generate()."""
     model, inputs = build(name)
     prompt = {key: value[:batch] for key, value in inputs.items() if key in PROMPT_KEYS and key != "decoder_input_ids"}
