@@ -147,6 +147,9 @@ class Engine:
     def size_bytes(self, tensor: Any) -> int:
         return tensor.untyped_storage().nbytes() if isinstance(tensor, torch.Tensor) else 0
 
+    def view(self, tensor: torch.Tensor, view: Any) -> torch.Tensor:
+        return tensors.view_within(tensor, view)
+
     def facts(self) -> dict[str, Any]:
         return {
             "device": str(self.device), "threads": self.num_threads, "torch": str(torch.__version__),
@@ -290,14 +293,16 @@ class Engine:
             if rng[1] in run.loaded.leaves_early:
                 emit(run, rng[1], state)
 
-    def results(self, run: RunRecord, sent: set[int]) -> tuple[tuple[tuple[int, Any], ...], tuple[Any, ...]]:
-        """`((return index, value) not sent yet, kept values)` of a run that is done."""
+    def results(self, run: RunRecord,
+                sent: set[int]) -> tuple[tuple[tuple[int, Any], ...], tuple[Any, ...], tuple[Any, ...]]:
+        """`((return index, value) not sent yet, kept values, values of program.state)` of a run that is done."""
         program, env = run.program, run.env
         kept = tuple([env[v] for v in program.keeps])
+        state = tuple([env[v] for v in program.state]) if run.message.state else ()
         if program.aliases or program.input_views:
             _share(run)
         values = tuple([(i, env[v]) for i, v in enumerate(program.returns) if v not in sent])
-        return values, kept
+        return values, kept, state
 
 
 def _share(run: RunRecord) -> None:

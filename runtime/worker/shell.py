@@ -176,8 +176,8 @@ class Shell:
         try:
             status = self._engine.advance(run, time.monotonic() + SLICE_S, self._emit)
             if status is RunStatus.DONE and not run.abandoned:
-                values, kept = self._engine.results(run, self._sent.pop(run, set()))
-                self._carry_out(self._state.handle(Finished(run, values, kept, time.monotonic())))
+                values, kept, state = self._engine.results(run, self._sent.pop(run, set()))
+                self._carry_out(self._state.handle(Finished(run, values, kept, time.monotonic(), state)))
                 return
         except Exception as error:
             # An op of the user's model raised, or memory ran out: the caller gets it, the worker lives on.

@@ -38,7 +38,7 @@ class WorkerState:
     """See the module's docstring. `handle` never raises for anything a peer sends."""
 
     def __init__(self, *, incarnation: str, heartbeat_address: str, toolbox: Toolbox, stream_address: str = "",
-                 limits: Limits = DEFAULT_LIMITS) -> None:
+                 quota_bytes: int = 1 << 62, limits: Limits = DEFAULT_LIMITS) -> None:
         self.incarnation = incarnation
         self.heartbeat_address = heartbeat_address
         self.stream_address = stream_address
@@ -47,6 +47,7 @@ class WorkerState:
         self.draining = False
         self._by_connection: dict[bytes, SessionRecord] = {}
         self._tools = toolbox
+        self._quota_bytes = quota_bytes
         self._limits = limits
         self._runs = Runs(toolbox, incarnation, limits)
         residents = self._runs.residents
@@ -116,7 +117,7 @@ class WorkerState:
             if len(self.sessions) >= self._limits.sessions:
                 raise WorkerBusyError(f"{len(self.sessions)} sessions are open here, the limit is "
                                       f"{self._limits.sessions}; close one or start another worker")
-            session = SessionRecord(hello.session, float(hello.lease_s), now_s)
+            session = SessionRecord(hello.session, float(hello.lease_s), now_s, self._quota_bytes)
             self.sessions[hello.session] = session
         session.connections.add(connection)
         session.last_heard_s = now_s
@@ -147,7 +148,8 @@ class WorkerState:
         info = {
             **self._tools.facts(), "incarnation": self.incarnation, "sessions": len(self.sessions),
             "programs": len(session.programs), "resident_tensors": len(session.tensors),
-            "resident_bytes": session.resident_bytes, "waiting_runs": sum(map(len, session.runs.values())),
+            "resident_bytes": session.resident_bytes, "quota_bytes": session.quota_bytes,
+            "waiting_runs": sum(map(len, session.runs.values())),
         }
         return [Reply(event.connection, m.Done(event.message.request, info))]  # type: ignore[union-attr]
 
