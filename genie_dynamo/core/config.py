@@ -211,7 +211,7 @@ class Config:
     parameters: Literal["local", "remote"] = field(default="local", metadata=_per_compile(
         _not_yet(_choice("local", "remote"), "local"), "where the truth of parameters is"))
     microbatches: int = field(default=1, metadata=_per_compile(
-        _not_yet(_integer(1, 4096), 1), "parts that a batch is cut into to fill a pipeline"))
+        _integer(1, 4096), "parts that a batch is cut into, so that they follow each other through workers"))
     require_lane: str | None = field(default=None, metadata=_per_compile(
         _not_yet(_optional(_choice("zmq", "tcp", "shm", "dpdk")), None, "zmq"),
         "refuse to run when payload would use another lane"))
