@@ -88,10 +88,11 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
     namespaces = _namespaces(gm)
     # Whether a worker really has the op libraries shows when the fragment is loaded there.
     reasons = unsupported_reasons(gm, namespaces) + _foreign_devices(gm)
+    keep_state = config.awareness == "full" and kind != "backward"
     session = lambda: sessions.session(namespaces)  # noqa: E731 - it is handed on
 
     def build(assign: Assign | None, workers: Sequence[str], count: int, over: fx.GraphModule = gm) -> RemoteGraph:
-        plan = plan_graph(over, facts, guards, assign=assign, num_workers=count)
+        plan = plan_graph(over, facts, guards, assign=assign, num_workers=count, keep_state=keep_state and over is gm)
         specs = {
             f.fragment_id: encode(lower_fragment(over, node_names=f.node_names, inputs=f.inputs, outputs=f.outputs))
             for f in plan.fragments
