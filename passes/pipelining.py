@@ -1,4 +1,4 @@
-"""A graph over parts of its batch -> which worker runs which stage, so that parts follow each other through the workers.
+"""A graph over parts of its batch -> which worker runs which stage, so that parts follow each other.
 
     cuts that balance the workers' loads -> each timed on a clock, part by part -> the best, where it beats the others
 
@@ -128,8 +128,8 @@ def _chosen(best: _Pipeline, unsplit: Partition | None, split: SplitGraph, timel
     row = Alternative(name=f"{split.num_parts} parts of the batch through {len(used)} workers ({best.method})",
                       est_s=est_s, chosen=True, reason=f"transfers take {moved_s * 1e3:.3g} ms, beside the computing")
     if unsplit is not None and not (est_s <= MARGIN * unsplit.est_s and unsplit.est_s - est_s >= MIN_GAIN_S):
-        reason = (f"{est_s * 1e3:.3g} ms against {unsplit.est_s * 1e3:.3g} ms, and a pipeline must win {1 - MARGIN:.0%} "
-                  f"and {MIN_GAIN_S * 1e3:g} ms; {row.reason}")
+        reason = (f"{est_s * 1e3:.3g} ms against {unsplit.est_s * 1e3:.3g} ms, and a pipeline must win "
+                  f"{1 - MARGIN:.0%} and {MIN_GAIN_S * 1e3:g} ms; {row.reason}")
         rejected = dataclasses.replace(row, chosen=False, reason=reason)
         return dataclasses.replace(unsplit, alternatives=(*unsplit.alternatives, rejected))
     others = tuple(dataclasses.replace(
