@@ -90,10 +90,13 @@ class Plan:
         return rng_after(last[-1].fragment_id) if last else None
 
     def returned_values(self) -> tuple[str, ...]:
-        """Value names that come back to the caller, each once: outputs, new contents of mutated inputs, the rng."""
+        """Value names that come back to the caller, each once: outputs, new contents of mutated inputs, the rng.
+
+        A generator state that is among the saved values stays on its worker.
+        """
         names = [o.name for o in self.outputs if o.kind == "value"]
         names += [name for _, name in self.mutations]
-        if self.final_rng:
+        if self.final_rng and self.final_rng not in self.saved_values():
             names.append(self.final_rng)
         return tuple(dict.fromkeys(names))
 
