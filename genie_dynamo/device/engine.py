@@ -61,7 +61,7 @@ class Engine:
     # -- recording --------------------------------------------------------------------------------------------
 
     def maybe_cut(self, call: Call) -> None:
-        """Run what was recorded, where it is long enough. Called before a node is made: nothing may be half recorded."""
+        """Run what was recorded, if it is long. Called before a node is made: nothing may be half recorded."""
         if self.pending > MAX_OPS or call is self._anchor:
             self._anchor = call
             self.counters["cuts"] += 1
@@ -185,7 +185,7 @@ class Engine:
             _raise_if_failed(leaf)
             if type(leaf.value) is Resident:
                 leaf.value.check(session, link)
-        variant, numbers, program = self._program(session, link, recording)
+        _, numbers, program = self._program(session, link, recording)
         random = program.random
         keeps = [Resident(session, link, _size_of(recording.nodes[i].layout)) for i in recording.kept]
         if random:
@@ -263,7 +263,7 @@ class Engine:
             part.layout = unknown
         holders = [new_tensor(part) for part in parts]
         self.run(())
-        outs = []
+        outs: list[tuple[tuple[int, ...], Layout]] = []
         for index, part in enumerate(parts):
             _raise_if_failed(part)
             code, shape, stride = part.value.form

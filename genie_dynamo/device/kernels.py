@@ -78,7 +78,7 @@ def structured(target: OpOverload, leaves: dict[tuple[int, ...], Any]) -> Any:
 
 def view(target: OpOverload) -> Kernel:
     """The kernel of a view op: its first argument is what is viewed."""
-    own = op(target)
+    own = Op(target, views=True)
     gather, calls = own.gather, own.calls
 
     def kernel(*args: Any, **kwargs: Any) -> Any:

@@ -18,13 +18,13 @@ from genie_dynamo.device.nodes import Layout, Node, layout, layout_of
 Tensor = torch.Tensor
 
 storage_of = torch.Tensor.untyped_storage
-_create = torch._C._acc.create_empty_tensor  # type: ignore[attr-defined]
-_shifted = torch._C._dynamo.guards._reinterpret_tensor
+_create = torch._C._acc.create_empty_tensor
+_shifted: Any = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
 
 _MAX_VIEWS = 64
 
 
-def alias_of(tensor: Tensor, shape: Sequence[int], stride: Sequence[int], offset: int,
+def alias_of(tensor: Tensor, shape: Sequence[int], stride: Sequence[int], offset: Any,
              dtype: torch.dtype | None = None) -> Tensor:
     """A tensor over the same storage, made without dispatch. It is conjugated or negated where `tensor` is."""
     if dtype is not None and dtype != tensor.dtype:
@@ -158,7 +158,7 @@ def write(tensor: Tensor, value: Node) -> None:
             value = record(torch.ops.aten._to_copy.default, value, dtype=seen.dtype)
         value = _resolve(tensor, value)
     if seen is own:
-        memory.put(value if value.layout is own and value.exact else copied(memory.node, value, own))
+        memory.put(value if value.layout is own else copied(memory.node, value, own))
         return
     whole = _in_dtype(memory.node, seen.dtype)
     part = as_strided(whole, seen)

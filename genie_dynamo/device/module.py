@@ -95,6 +95,27 @@ class RemoteAccelerator:
         return dict(_engine().counters)
 
 
+class Unavailable:
+    """Stands as `torch.remote_accelerator` where another backend has the place in torch."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def is_available(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 0
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises: ConfigError that says why."""
+        from genie_dynamo.core.errors import ConfigError
+
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ConfigError(f"torch.remote_accelerator.{name}: the device cannot be had: {self._reason}")
+
+
 def _engine() -> Any:
     from genie_dynamo.device.engine import current
 

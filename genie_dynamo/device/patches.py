@@ -32,8 +32,9 @@ def _patch_printing() -> None:
         if tensor_contents is None and type(inp) in (Tensor, torch.nn.Parameter) and is_ours(inp):
             here = inp.detach().cpu()
             indent = len("tensor(" if type(inp) is Tensor else "Parameter containing:\ntensor(".rpartition("\n")[2])
-            tensor_contents = (torch._tensor_str._tensor_str(here, indent) if here.numel() or here.dim() == 0
-                               else "[]")  # type: ignore[no-untyped-call]
+            tensor_contents = "[]"
+            if here.numel():
+                tensor_contents = torch._tensor_str._tensor_str(here, indent)  # type: ignore[no-untyped-call]
         return original(inp, tensor_contents=tensor_contents)  # type: ignore[no-untyped-call,no-any-return]
 
     torch._tensor_str._str_intern = _str_intern
@@ -51,8 +52,8 @@ def _patch_deepcopy() -> None:
             raise RuntimeError("Only Tensors created explicitly by the user (graph leaves) support the deepcopy "
                                "protocol at the moment.")
         with torch.no_grad():
-            storages = memo.setdefault("genie_dynamo storages", {})
-            whole = storages.get(id(self.untyped_storage()))
+            storage = self.untyped_storage()
+            whole = memo.get(id(storage))
             if whole is None:
                 from genie_dynamo.device.memory import alias_of, memory_of
 
@@ -60,7 +61,7 @@ def _patch_deepcopy() -> None:
                 assert memory is not None and memory.node.layout is not None
                 out = memory.node.layout
                 whole = alias_of(self.detach(), out.shape, out.stride, 0).clone()
-                storages[id(self.untyped_storage())] = whole
+                memo[id(storage)] = whole
             fresh = whole.as_strided(self.shape, self.stride(), self.storage_offset())
             result: Tensor = fresh.detach() if type(self) is Tensor else torch.nn.Parameter(fresh, self.requires_grad)
             result.requires_grad_(self.requires_grad)
@@ -71,7 +72,7 @@ def _patch_deepcopy() -> None:
             setattr(result, name, copy.deepcopy(value, memo))
         return result
 
-    Tensor.__deepcopy__ = __deepcopy__  # type: ignore[method-assign,assignment]
+    Tensor.__deepcopy__ = __deepcopy__  # type: ignore[method-assign]
 
 
 def rebuild(here: Tensor, requires_grad: bool, parameter: bool, hooks: Any) -> Tensor:
@@ -97,7 +98,7 @@ def _patch_pickling() -> None:
         return (rebuild, (self.detach().cpu(), self.requires_grad, isinstance(self, torch.nn.Parameter),
                           collections.OrderedDict()))
 
-    Tensor.__reduce_ex__ = __reduce_ex__  # type: ignore[method-assign,assignment]
+    Tensor.__reduce_ex__ = __reduce_ex__  # type: ignore[method-assign]
     torch.serialization.add_safe_globals([rebuild])
 
 

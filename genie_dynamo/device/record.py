@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import (
 
 from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::laid_out
 from genie_dynamo.device import foreign, nodes
-from genie_dynamo.device.memory import memory_of, read, storage_of
-from genie_dynamo.device.nodes import Call, Layout, Node, Slot, layout
+from genie_dynamo.device.memory import memory_of, read
+from genie_dynamo.device.nodes import Call, Layout, Node, Slot, layout, layout_of
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -50,10 +50,11 @@ def kind_of(type_name: str, op_name: str) -> str:
 
 
 class Op:
-    """A functional op that can be recorded."""
+    """A functional op, or a view, that can be recorded."""
 
-    def __init__(self, target: OpOverload) -> None:
+    def __init__(self, target: OpOverload, *, views: bool = False) -> None:
         self.target = target
+        self.views = views
         schema = target._schema
         name = schema.name.partition("::")[2]
         self.kinds = tuple([kind_of(str(a.type), name) for a in schema.arguments])
@@ -61,7 +62,6 @@ class Op:
         self.random = torch.Tag.nondeterministic_seeded in target.tags
         self.exact = _is_exact(target)
         self.cpu_indices = "index" in name
-        self.views = any(r.alias_info is not None for r in schema.returns) and not schema.is_mutable
         self.calls: dict[Any, Call] = {}
         self._generation = nodes.generation[0]
 
@@ -218,10 +218,11 @@ def meta_of(own: Layout) -> Tensor:
 
 def infer(target: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """What the op makes of meta tensors. Raises: eager's errors; DataDependentError."""
-    try:
-        return target(*args, **kwargs)
-    except NotImplementedError:
-        pass
+    if target.namespace == "aten":
+        try:
+            return target(*args, **kwargs)
+        except NotImplementedError:
+            pass
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         moved = [_as_fake(mode, leaf) for leaf in (args, kwargs)]
@@ -245,7 +246,7 @@ def _as_fake(mode: FakeTensorMode, value: Any) -> Any:
 def flat_layouts(result: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Layout]]:
     """`(path, layout)` of every tensor in an op's result."""
     if isinstance(result, Tensor):
-        yield path, layout(result.shape, result.stride(), result.storage_offset(), result.dtype)
+        yield path, layout_of(result)
     elif isinstance(result, list | tuple):
         for index, item in enumerate(result):
             yield from flat_layouts(item, (*path, index))
@@ -258,7 +259,7 @@ def _is_exact(target: OpOverload) -> bool:
     name = target._schema.name.partition("::")[2]
     if name in ("copy", "as_strided_scatter", "clone", "zeros", "ones", "full", "empty", "empty_strided", "_to_copy",
                 "zeros_like", "ones_like", "full_like", "empty_like", "embedding", "select_backward",
-                "slice_backward"):
+                "slice_backward") or name.startswith(("_foreach_", "_fused_")) or torch.Tag.pointwise in target.tags:
         return True
     from torch._decomp import global_decomposition_table
 

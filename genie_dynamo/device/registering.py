@@ -13,10 +13,11 @@ from genie_dynamo.device.special import SPECIAL, attention, inplace_view
 _LEFT_TO_TORCH = frozenset({
     # These make an alias with the same layout: C++ does it, and nothing is to be recorded.
     "aten::alias", "aten::detach", "aten::detach_", "aten::lift_fresh", "aten::lift",
-    # And these make views, whatever their schemas say.
-    "aten::_unsafe_view", "aten::unsafe_split.Tensor", "aten::unsafe_split_with_sizes",
-    "aten::_efficientzerotensor", "aten::_nested_view_from_buffer", "aten::requires_grad_",
+     "aten::_nested_view_from_buffer", "aten::requires_grad_",
 })
+
+_VIEWS_UNSAID = frozenset({"aten::_unsafe_view", "aten::unsafe_split.Tensor", "aten::unsafe_split_with_sizes"})
+"""They make views, whatever their schemas say."""
 
 
 def register_kernels() -> list[Any]:
@@ -55,6 +56,6 @@ def _kernel_of(qualified: str) -> Any:
         return mutation(target)
     if not schema.returns or not all("Tensor" in str(r.type) for r in schema.returns):
         return None
-    if any(r.alias_info is not None for r in schema.returns):
+    if qualified in _VIEWS_UNSAID or any(r.alias_info is not None for r in schema.returns):
         return view(target)
     return functional(target)

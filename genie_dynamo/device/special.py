@@ -12,7 +12,7 @@ from genie_dynamo.device import engine as engines
 from genie_dynamo.device.foreign import NAME
 from genie_dynamo.device.kernels import functional, outputs_of, resize
 from genie_dynamo.device.memory import alias_of, lazy_bits, memory_of, new_tensor, new_view, read, storage_of, write
-from genie_dynamo.device.nodes import Node, layout
+from genie_dynamo.device.nodes import Node, layout_of
 from genie_dynamo.device.record import Tree, infer, op, record
 
 Tensor = torch.Tensor
@@ -68,7 +68,7 @@ def copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
         plain = plain.to(self.dtype)         # fewer bytes travel
     if plain.layout is not torch.strided:
         raise RuntimeError(f"only strided tensors go to {NAME}, this one has layout {plain.layout}")
-    torch.broadcast_shapes(plain.shape, self.shape)
+    torch.broadcast_shapes(plain.shape, self.shape)  # type: ignore[no-untyped-call]
     node = engine.upload(plain)
     if here.plain and node.layout is here.node.layout:
         here.put(node)
@@ -134,6 +134,11 @@ def _lazily(target: Any, self: Tensor) -> Tensor:
     return result
 
 
+def zero_tensor(size: Sequence[int], *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    """A zero without memory, which autograd makes; here a plain one."""
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
 def reshape_alias(self: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     return torch.as_strided(self, size, stride, self.storage_offset())
 
@@ -144,7 +149,7 @@ def inplace_view(target: Any) -> Callable[..., Tensor]:
     def kernel(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         memory = memory_of(self)
         assert memory is not None
-        own = layout(self.shape, self.stride(), self.storage_offset(), self.dtype)
+        own = layout_of(self)
         meta = Tree([own])
         slot = meta.add(Node(None, (), (), own), "tensor")
         (tried,) = meta.filled((slot,), meta.metas)
@@ -231,6 +236,7 @@ SPECIAL: dict[str, Callable[..., Any]] = {
     "aten::_assert_async.msg": assert_async,
     "aten::_conj": conj,
     "aten::_neg_view": neg_view,
+    "aten::_efficientzerotensor": zero_tensor,
     "aten::_reshape_alias": reshape_alias,
     "aten::resize_": resize_,
     "aten::set_": set_empty,
