@@ -303,7 +303,7 @@ class WorkerState:
         self._contents[digest] = tensor
 
     def _put_failed(self, session: SessionState, connection: bytes, key: tuple[int, int],
-                    error: Exception) -> list[Command]:
+                    error: BaseException) -> list[Command]:
         wrapped = error if isinstance(error, GenieError) else RemoteExecutionError(str(error))
         session.broken[key] = wrapped
         failed = [run for runs in session.runs.values() for run in runs if key in run.pending]
@@ -531,22 +531,26 @@ class WorkerState:
             return []
         session, message = run.session, run.message
         frames: list[Any] = []
-        for key, value in zip(message.keeps, event.kept, strict=False):
-            self._keep(session, key, value)
+        ready = [command for key, value in zip(message.keeps, event.kept, strict=False)
+                 for command in self._store(session, key, value)]
         forms = tuple(self._tools.form(value) for value in event.kept) if message.keeps else ()
         values = [(index, self._tools.stage(value, frames)) for index, value in event.values]
         if not message.keeps and event.kept:
             start = len(run.program.returns)
             values += [(start + i, self._tools.stage(value, frames)) for i, value in enumerate(event.kept)]
         result = m.Result(message.request, tuple(values), forms, run.compute_s, run.queue_s, session.resident_bytes)
-        return [Reply(run.connection, result, frames)]
+        return [Reply(run.connection, result, frames), *ready]
 
     def _failed(self, event: Failed) -> list[Command]:
         self._forget(event.run)
         if event.run.abandoned:
             return []
-        event.run.abandoned = True
-        return [Reply(event.run.connection, failure(event.run.message.request, event.error))]
+        run = event.run
+        run.abandoned = True
+        # Runs sent before this one had ended may wait for what it was to keep: they fail with it.
+        broken = [command for key in run.message.keeps
+                  for command in self._put_failed(run.session, run.connection, key, event.error)]
+        return [Reply(run.connection, failure(run.message.request, event.error)), *broken]
 
     def _forget(self, run: RunRecord) -> None:
         runs = run.session.runs.get(run.message.call_id)
