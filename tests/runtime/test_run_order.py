@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from genie_dynamo.core import messages as m
-from genie_dynamo.runtime.worker.state import Abandon, Execute, Failed, Finished, Reply
+from genie_dynamo.runtime.worker.events import Abandon, Execute, Failed, Finished, Reply
 from tests.runtime.test_worker_state import Blob, Worker
 
 KEPT = (7, 1)
