@@ -53,7 +53,7 @@ class Resident:
 
     def __del__(self) -> None:
         if self.owner is not None:
-            self.owner.link.frees.append(self.key)
+            self.owner.dropped.append((self.owner.last_request, self.key))
 
 
 class RemoteTensor(torch.Tensor):
@@ -88,6 +88,8 @@ class DriverLevel(TorchDispatchMode):
         self._programs: dict[Any, int] = {}
         self._shapes: dict[Any, Any] = {}
         self._open: deque[int] = deque()             # requests under way, oldest first
+        self.last_request = 0
+        self.dropped: deque[tuple[int, tuple[int, int]]] = deque()   # (last request that may use it, handle)
 
     # -- tensors ------------------------------------------------------------------------------------------------
 
@@ -181,7 +183,9 @@ class DriverLevel(TorchDispatchMode):
                 arguments.append((m.INLINE, wire))
             else:
                 arguments.append(value)
-        request = self._connection.next_request()
+        while self.dropped and (not self._open or self.dropped[0][0] < self._open[0]):
+            self.link.frees.append(self.dropped.popleft()[1])
+        request = self.last_request = self._connection.next_request()
         header = pack(m.to_wire(m.Run(request, program_id, self.session.next_id(), tuple(arguments), tuple(keys),
                                       tuple(incoming), self.link.take_frees(), 0)))
         self._connection.run(header, frames, time.monotonic() + TIMEOUT_S)

@@ -8,7 +8,7 @@ import torch
 
 import genie_dynamo as genie
 from bench.decode_models import Decode, model_of
-from bench.driver_level import DriverLevel, RemoteTensor
+from bench.driver_level import WINDOW, DriverLevel, RemoteTensor
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +59,10 @@ def test_what_the_client_drops_is_freed(session: object) -> None:
             total = total + 1
         kept = mode.read(total)
         before = resident()
-        for _ in range(200):
+        for _ in range(400):
             total = total + 1
         mode.read(total)
-        assert resident() <= before + 2
+        assert resident() <= before + WINDOW       # what the last ones under way have left
     assert torch.equal(kept, torch.full((8,), 50.0))
 
 
