@@ -28,6 +28,10 @@ from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 NOT_KEPT = (0, 0)
 
 
+KeptState = tuple[WorkerLink, tuple[int, int], Any]
+"""A value of plan.state that stayed: where, under which handle, and its form."""
+
+
 class Stored(NamedTuple):
     """A content that goes to a worker with a call, to stay there."""
 
@@ -57,8 +61,11 @@ class StateRules:
         sources = {index_of[name] for recipe in plan.rebuilds for name in recipe.names("input")}
         self._shared = [name for group in plan.aliases for name in group] + [name for name, _ in plan.input_views]
         self._structural = sources | set(self.targets.values())
+        self._pieces = {piece for recipe in plan.rebuilds for piece in recipe.names("piece")} - outputs
         self._bumped = bumped
-        self._statics = frozenset(plan.static_inputs)
+        statics = frozenset(plan.static_inputs)
+        self._places = [index for index in sorted(self._structural) if index not in statics] or [
+            index for index in range(len(plan.inputs)) if index not in statics]
         rebuilt = {recipe.value for recipe in self.recipes}
         self._inputs: dict[int, Habit] = {}
         self._outputs = {name: Habit("output", name in rebuilt or name in self.targets) for name in plan.state}
@@ -127,10 +134,12 @@ class StateRules:
         view = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset() - base.storage_offset())
         return (m.HELD, entry.tensor_id, entry.epoch, view)
 
-    def comes_back(self, name: str) -> bool:
-        """Whether a value is known to be state."""
+    def reason_down(self, name: str) -> str:
+        """As what a returned value counts."""
+        if name in self._pieces:
+            return "state"
         habit = self._outputs.get(name)
-        return habit is not None and habit.comes_back
+        return "state" if habit is not None and habit.comes_back else "outputs"
 
     # -- results ----------------------------------------------------------------------------------------------
 
@@ -140,8 +149,43 @@ class StateRules:
         chosen = tuple([(session.next_id(), 1) if habits[name].wanted else NOT_KEPT for name in names])
         return chosen if any(handle is not NOT_KEPT for handle in chosen) else ()
 
+    def finish(self, session: Session, link: WorkerLink, names: Sequence[str], handles: Sequence[tuple[int, int]],
+               result: m.Result, stored: Sequence[Stored], args: Sequence[Any], named: dict[str, Any]) -> None:
+        """All of the above for a call of one worker that changes none of its inputs."""
+        kept: dict[str, KeptState] = {}
+        self.arrived(session, link, names, handles, result, stored, kept)
+        if self.recipes:
+            with torch.no_grad():
+                self.rebuild(session, args, named, kept)
+        self.settle(session, args, named, kept)
+
+    def arrived(self, session: Session, link: WorkerLink, names: Sequence[str], handles: Sequence[tuple[int, int]],
+                result: m.Result, stored: Sequence[Stored], kept: dict[str, KeptState]) -> None:
+        """A worker has answered: what went along is there, what stays goes into `kept`, what had to go is forgotten."""
+        for entry, _ in stored:
+            session.residency.placed(entry, link.key)
+        for name, handle, form in zip(names, handles, result.state, strict=bool(handles)):
+            if form is not None:
+                kept[name] = (link, handle, form)
+        if result.evicted:
+            session.residency.evicted(link.key, result.evicted)
+            session.telemetry.event("evicted by a worker", len(result.evicted))
+
+    def gave_up(self, link: WorkerLink, handles: Sequence[tuple[int, int]], stored: Sequence[Stored]) -> None:
+        """The call did not happen: the worker is to free what it may have kept of it."""
+        link.frees.extend([handle for handle in handles if handle != NOT_KEPT])
+        link.frees.extend([handle for entry, handle in stored if entry.acked.get(link.key) != handle[1]])
+
+    def holder(self, residency: Residency, args: Sequence[Any]) -> str | None:
+        """The worker that has the first of the call's state that is anywhere, by key."""
+        for index in self._places:
+            entry = residency.find(args[index]) if isinstance(args[index], torch.Tensor) else None
+            if entry is not None and entry.acked and not entry.barred:
+                return next(iter(entry.acked))
+        return None
+
     def rebuild(self, session: Session, args: Sequence[Any], named: dict[str, Any],
-                kept: Mapping[str, tuple[WorkerLink, tuple[int, int], Any]]) -> list[Recipe]:
+                kept: Mapping[str, KeptState]) -> list[Recipe]:
         """Make the values that did not come whole; the recipes that write into inputs are returned, to be carried out.
 
         A value that cannot be made to the bit is fetched from the worker that keeps it, and counted.
@@ -166,7 +210,7 @@ class StateRules:
         return session.fetch(link, *handle)
 
     def settle(self, session: Session, args: Sequence[Any], named: Mapping[str, Any],
-               kept: Mapping[str, tuple[WorkerLink, tuple[int, int], Any]]) -> None:
+               kept: Mapping[str, KeptState]) -> None:
         """After everything has been committed: note which of the caller's tensors are resident now."""
         residency = session.residency
         for name in self._shared:
