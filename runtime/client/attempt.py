@@ -260,7 +260,7 @@ class Attempts:
             if self._blind and index in self.plan.static_inputs:
                 reason = "weights"
             if self._rules.active:
-                argument = self._rules.argument(session.residency, link, index, value, frames, sent, stored)
+                argument = self._rules.argument(session, link, index, value, frames, sent, stored)
                 if argument is not None:
                     return argument
         wire = lane.stage(value, frames)

@@ -9,12 +9,14 @@ What stays is a cache of what the caller holds: every tensor of his is true at a
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from genie_dynamo.core import messages as m
+from genie_dynamo.core.errors import GenieError
 from genie_dynamo.core.plan import Plan
 from genie_dynamo.core.tensors import DTYPE_CODE, is_dense
 from genie_dynamo.runtime.client.habits import MIN_STATE_BYTES, Habit
@@ -25,7 +27,11 @@ from genie_dynamo.runtime.client.uploads import payload_bytes
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 
+log = logging.getLogger(__name__)
+
 NOT_KEPT = (0, 0)
+MOVE_TIMEOUT_S = 10.0
+"""How long a worker may take to send state to another before the client does."""
 
 
 KeptState = tuple[WorkerLink, tuple[int, int], Any]
@@ -37,6 +43,24 @@ class Stored(NamedTuple):
 
     entry: Entry
     handle: tuple[int, int]
+
+
+def move(session: Session, entry: Entry, tensor: torch.Tensor, link: WorkerLink) -> bool:
+    """Let a worker that has the content send it to `link`; False where none can, and the caller's own has to go."""
+    source = next((x for x in session.links if x.key in entry.acked and not x.lost), None)
+    if source is None:
+        return False
+    peer_key = link.server_key.decode() if link.server_key is not None else ""
+    tensor_id, epoch = entry.tensor_id, entry.epoch
+    try:
+        source.ask(lambda request: m.Move(request, tensor_id, epoch, link.address, peer_key), MOVE_TIMEOUT_S)
+    except GenieError as error:
+        log.info("state could not go from %s to %s and is sent from here: %s", source.name, link.name, error)
+        session.telemetry.event("state not moved between workers")
+        return False
+    session.telemetry.event("state moved between workers")
+    session.telemetry.event("state moved between workers: bytes", tensor.nbytes)
+    return True
 
 
 class StateRules:
@@ -73,9 +97,10 @@ class StateRules:
 
     # -- arguments --------------------------------------------------------------------------------------------
 
-    def argument(self, residency: Residency, link: WorkerLink, index: int, tensor: torch.Tensor, frames: list[Any],
+    def argument(self, session: Session, link: WorkerLink, index: int, tensor: torch.Tensor, frames: list[Any],
                  sent: dict[str, int], stored: list[Stored]) -> Any:
         """How a tensor argument travels; None where it has to go as a plain value."""
+        residency = session.residency
         if tensor.is_inference() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
             return None
         version = tensor._version - (index in self._bumped)
@@ -91,6 +116,9 @@ class StateRules:
                 entry.habit.comes_back = True
             if entry.acked.get(link.key) == entry.epoch:
                 return (m.HELD, entry.tensor_id, entry.epoch)
+            if entry.acked and tensor.nbytes >= MIN_STATE_BYTES and move(session, entry, tensor, link):
+                stored.append(Stored(entry, (entry.tensor_id, entry.epoch)))
+                return (m.MOVED, entry.tensor_id, entry.epoch)
         else:
             residency.edited(entry, tensor, key)
         if tensor.nbytes < MIN_STATE_BYTES and index not in self._structural:

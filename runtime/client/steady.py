@@ -84,7 +84,7 @@ def _send(session: Session, connection: Connection, bound: BoundProgram, templat
     for _, index in template.others:
         value = args[index]
         if isinstance(value, torch.Tensor):
-            argument = rules.argument(session.residency, bound.link, index, value, frames, sent, stored) \
+            argument = rules.argument(session, bound.link, index, value, frames, sent, stored) \
                 if rules.active else None
             if argument is None:
                 wire = _lane.stage(value, frames)

@@ -28,6 +28,7 @@ from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine
 from genie_dynamo.runtime.worker.events import (
     Abandon,
     Command,
+    Deliver,
     Execute,
     Failed,
     Finished,
@@ -163,6 +164,8 @@ class Shell:
                     self._ready.append(run)
             elif type(command) is Abandon:
                 self._drop(command.run)
+            elif type(command) is Deliver:
+                self._peer(command.address, command.key, [pack(m.to_wire(command.message)), *command.frames])
             elif type(command) is Measure:
                 self._background.add(command)
 
