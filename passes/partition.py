@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from genie_dynamo.core.cost_graph import CostGraph, Device
-from genie_dynamo.core.errors import PlacementError
+from genie_dynamo.core.errors import ConfigError, PlacementError
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
 from genie_dynamo.core.placement import Placement, Policy
 from genie_dynamo.passes.costs.analysis import analyze_costs
@@ -43,6 +43,7 @@ class WorkerFacts:
     name: str
     hardware: HardwareFacts
     memory_bytes: int | None = None          # what it may hold; None: not known, no limit
+    price_per_hour: float | None = None      # None: not known; min_cost needs it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,8 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
 
     Args:    workers: in the order in which the plan numbers them.  lanes: those between workers count.
              symbol_values: sizes of this call, for dynamic graphs.
-    Raises:  PlacementError where it fits on no worker and in no cut; the message has the numbers.
+    Raises:  PlacementError where it fits on no worker and in no cut, or (min_cost) nothing is fast enough; the message
+             has the numbers. ConfigError where min_cost lacks a price.
     """
     graph, devices = price(gm, facts, workers, lanes, symbol_values)
     alternatives = [_single(graph, device) for device in devices]
@@ -90,15 +92,20 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
         rival = _spread(possible)
         alternatives.append(rival)
     placed: Placement | None = None
+    if policy == "min_cost":
+        _check_prices(devices)
     try:
         placed = strategy.place(graph, devices, policy, limits)
         cut = _cut(graph, placed)
+        if policy == "min_cost" and len(set(placed.device.values())) == 1:
+            # The cheapest that is fast enough, which need not be the fastest.
+            rival = best = next(a for a in possible if a.name == next(iter(placed.device.values())))
     except PlacementError as error:
-        if best is None:
+        if best is None or policy == "min_cost":
             raise
         cut = Alternative(name="cut", est_s=None, chosen=False, reason=str(error))
     use_cut = placed is not None and _worth(placed, rival)
-    pinned = not use_cut and (len(possible) < len(devices) or (
+    pinned = not use_cut and (policy == "min_cost" or len(possible) < len(devices) or (
         policy == "min_latency" and best is not None and _slowest(possible) > UNEQUAL * (best.est_s or 0.0)))
     alternatives = _judged(alternatives, cut, rival, use_cut)
     if use_cut:
@@ -137,7 +144,15 @@ def _device(worker: WorkerFacts, lanes: Sequence[LinkFacts], peak_bytes: int) ->
         id=worker.name, kind=worker.name,
         memory_bytes=None if worker.memory_bytes is None else max(0, worker.memory_bytes - peak_bytes),
         network_gbps=min((lane.bytes_per_s for lane in own), default=1e9) * 8 / 1e9,
+        price_per_hour=worker.price_per_hour,
         network_latency_s=max((lane.latency_s for lane in own), default=1e-4))
+
+
+def _check_prices(devices: Sequence[Device]) -> None:
+    unknown = [d.id for d in devices if d.price_per_hour is None]
+    if unknown:
+        raise ConfigError(f"policy min_cost needs the price of every worker, and {', '.join(unknown)} "
+                          f"{'has' if len(unknown) == 1 else 'have'} none; say price_per_hour in cluster.yaml")
 
 
 def _single(graph: CostGraph, device: Device) -> Alternative:
