@@ -119,9 +119,10 @@ class PlacedGraph:
         with no_long_pauses(TIME_LIMIT_S):
             if self.parts.split is not None:
                 return pipeline_partition(self.gm, self.facts, self.parts.split, facts.workers, facts.lanes,
-                                          self._config.policy, Planner(time.monotonic), limits)
+                                          self._config.policy, Planner(time.monotonic), limits,
+                                          aware=self._config.awareness == "full")
             return partition(self.gm, self.facts, facts.workers, facts.lanes, self._config.policy,
-                             Planner(time.monotonic), limits,
+                             Planner(time.monotonic), limits, aware=self._config.awareness == "full",
                              symbol_values=self.symbol_values)
 
     def _place(self, session: Session, args: Sequence[Any]) -> None:

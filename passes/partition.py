@@ -18,12 +18,14 @@ from genie_dynamo.core.cost_graph import CostGraph, Device
 from genie_dynamo.core.errors import ConfigError, PlacementError
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
 from genie_dynamo.core.placement import Placement, Policy
+from genie_dynamo.passes.colocation import together
 from genie_dynamo.passes.costs.analysis import analyze_costs
 from genie_dynamo.passes.costs.cost_graph import cost_graph
 from genie_dynamo.passes.costs.shipped import shipped_fit
 from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.placement.interfaces import Limits, PlacementStrategy
 from genie_dynamo.passes.rows.split import SplitGraph
+from genie_dynamo.passes.semantics.carry import marked
 
 MARGIN = 0.85
 """A cut must be estimated to take at most this share of the time that the best single worker takes."""
@@ -73,17 +75,17 @@ class Partition:
 
 def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
               policy: Policy, strategy: PlacementStrategy, limits: Limits, *,
-              symbol_values: Mapping[str, int] | None = None) -> Partition:
+              symbol_values: Mapping[str, int] | None = None, aware: bool = True) -> Partition:
     """Place the graph.
 
     Under max_throughput a cut competes with whole calls on whichever worker is free, since that moves nothing.
 
     Args:    workers: in the order in which the plan numbers them.  lanes: those between workers count.
-             symbol_values: sizes of this call, for dynamic graphs.
+             symbol_values: sizes of this call, for dynamic graphs.  aware: whether placement sees regions.
     Raises:  PlacementError where it fits on no worker and in no cut, or (min_cost) nothing is fast enough; the message
              has the numbers. ConfigError where min_cost lacks a price.
     """
-    graph, devices = price(gm, facts, workers, lanes, symbol_values)
+    graph, devices = price(gm, facts, workers, lanes, symbol_values, aware=aware)
     alternatives = [_single(graph, device) for device in devices]
     possible = [a for a in alternatives if a.est_s is not None]
     best = min(possible, key=lambda a: a.est_s or 0.0) if possible else None
@@ -125,8 +127,13 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
 
 
 def price(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
-          symbol_values: Mapping[str, int] | None = None) -> tuple[CostGraph, list[Device]]:
-    """The graph's costs on each worker, and the workers as devices whose kinds are their names. Raises: CostError."""
+          symbol_values: Mapping[str, int] | None = None, *,
+          aware: bool = True) -> tuple[CostGraph, list[Device]]:
+    """The graph's costs on each worker, and the workers as devices whose kinds are their names.
+
+    Args:    aware: whether regions bind nodes to each other.
+    Raises:  CostError.
+    """
     peak_bytes = int(analyze_costs(gm).totals(symbol_values).peak_bytes)
     devices = [_device(worker, lanes, peak_bytes) for worker in workers]
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
@@ -134,7 +141,7 @@ def price(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts],
     plain = cost_graph(gm, devices, {w.name: w.hardware for w in workers}, symbol_values, fits=fits,
                        static_inputs=[names[i] for i in facts.static_inputs], backward=facts.kind == "backward",
                        activations=False)
-    return CostGraph.from_json(plain), devices
+    return CostGraph.from_json(together(gm, plain, marked(gm) if aware else None)), devices
 
 
 def _device(worker: WorkerFacts, lanes: Sequence[LinkFacts], peak_bytes: int) -> Device:

@@ -49,7 +49,7 @@ class _Pipeline:
 
 def pipeline_partition(gm: fx.GraphModule, facts: GraphFacts, split: SplitGraph, workers: Sequence[WorkerFacts],
                        lanes: Sequence[LinkFacts], policy: Policy, strategy: PlacementStrategy,
-                       limits: Limits) -> Partition:
+                       limits: Limits, *, aware: bool = True) -> Partition:
     """Place the graph, as a pipeline where that is estimated to be the best.
 
     Under max_throughput the time that counts is that of the busiest worker: calls follow each other without a gap.
@@ -62,7 +62,7 @@ def pipeline_partition(gm: fx.GraphModule, facts: GraphFacts, split: SplitGraph,
     refusal: PlacementError | None = None
     try:
         unsplit = partition(gm, facts, workers, lanes, "min_cost" if policy == "min_cost" else "min_latency", strategy,
-                            part_limits)
+                            part_limits, aware=aware)
     except PlacementError as error:
         refusal = error
     if policy == "min_cost":
@@ -70,7 +70,7 @@ def pipeline_partition(gm: fx.GraphModule, facts: GraphFacts, split: SplitGraph,
         if unsplit is not None:
             return unsplit
         limits = part_limits = dataclasses.replace(part_limits, latency_bound_s=None)
-    whole, devices = price(gm, facts, workers, lanes)
+    whole, devices = price(gm, facts, workers, lanes, aware=aware)
     timeline = Timeline(build_problem(_priced_parts(split, facts, workers, lanes), devices))
     best: _Pipeline | None = None
     for found in _candidates(whole, devices, strategy, part_limits):
