@@ -15,6 +15,8 @@ from torch import fx
 
 from genie_dynamo.core.semantics import SemanticGraph
 
+_COPYING_VIEWS = (torch.ops.aten._unsafe_view.default, torch.ops.aten.clone.default)
+
 
 def together(gm: fx.GraphModule, data: Mapping[str, Any], semantics: SemanticGraph | None) -> dict[str, Any]:
     """A cost graph's data with the groups that outputs and regions ask for, joined with those that it has.
@@ -65,9 +67,19 @@ def _caches(gm: fx.GraphModule, semantics: SemanticGraph | None) -> Iterable[lis
         if not region.trusted:
             continue
         inside = set(region.nodes)
-        users = {user.name for name in region.nodes if name in by_name for user in by_name[name].users}
-        # Between a cache and the product that reads it there may be a view or a repetition of heads.
-        users |= {user.name for name in users if name in by_name for user in by_name[name].users}
-        readers = next((nodes for nodes in attentions if nodes & (inside | users)), set())
+        read = inside | _readers([by_name[name] for name in region.nodes if name in by_name])
+        readers = next((nodes for nodes in attentions if nodes & read), set())
         found.append([name for name in by_name if name in inside | readers])
+    return found
+
+
+def _readers(nodes: list[fx.Node]) -> set[str]:
+    """Who reads these values, also as views of them."""
+    found: set[str] = set()
+    while nodes:
+        for user in nodes.pop().users:
+            if user.name not in found:
+                found.add(user.name)
+                if isinstance(user.target, torch._ops.OpOverload) and (user.target.is_view or user.target in _COPYING_VIEWS):
+                    nodes.append(user)
     return found
