@@ -25,20 +25,22 @@ class _Admission(threading.local):
 admission = _Admission()
 """Of this thread: how many captures it is inside, and the CPU tensors they have met."""
 
-_PROBE = {True: torch.zeros((), dtype=torch.float16), False: torch.zeros((), dtype=torch.int8)}
+_PROBES = {
+    torch.float64: (torch.zeros((), dtype=torch.float16), torch.float16),
+    torch.complex128: (torch.zeros((), dtype=torch.float16), torch.complex32),
+    torch.int64: (torch.zeros((), dtype=torch.int8), torch.int8),
+    torch.bool: (torch.zeros((), dtype=torch.int8), torch.int8),
+}
+"""By the dtype that a number is wrapped into: a tensor, and what it becomes beside such a number."""
 
 
 def as_number(tensor: Tensor) -> Any:
     """The Python number that torch has wrapped into a tensor on its way to a kernel; None for any other tensor."""
-    if tensor.dim() or tensor.device.type != "cpu" or tensor.requires_grad:
+    if tensor.dim():
         return None
-    if tensor.dtype not in (torch.float64, torch.int64, torch.bool, torch.complex128):
-        return None
-    if tensor.dtype is torch.bool:
-        return bool(tensor.item())
-    probe = _PROBE[tensor.dtype is not torch.int64]
+    probe = _PROBES.get(tensor.dtype)
     # Only what stands for a number leaves the dtype of another tensor without dimensions alone.
-    if torch.result_type(probe, tensor) not in (probe.dtype, torch.complex32):
+    if probe is None or torch.result_type(probe[0], tensor) is not probe[1] or tensor.device.type != "cpu":
         return None
     return tensor.item()
 
@@ -48,11 +50,11 @@ def admit(tensor: Tensor, target: Any, *, indices: bool) -> Any:
 
     Raises: RuntimeError where eager would refuse to mix devices.
     """
+    if not tensor.dim() and (number := as_number(tensor)) is not None:
+        return number
     if tensor.device.type == "meta" or tensor.layout is not torch.strided or tensor.device.type == NAME:
         raise RuntimeError(f"{target}: a tensor of layout {tensor.layout} on {tensor.device} cannot be used on {NAME}")
     if tensor.device.type == "cpu":
-        if (number := as_number(tensor)) is not None:
-            return number
         if admission.depth:
             return _admitted(tensor)
         if tensor.dim() == 0 or (indices and not tensor.dtype.is_floating_point):

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 
 from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::laid_out
 from genie_dynamo.device import foreign, nodes
-from genie_dynamo.device.memory import memory_of, read
+from genie_dynamo.device.memory import read, storage_of
 from genie_dynamo.device.nodes import Call, Layout, Node, Slot, layout, layout_of
 
 Tensor = torch.Tensor
@@ -72,11 +72,13 @@ class Op:
         scalars: list[Any] = []
         for value, kind in zip(args, self.kinds, strict=False):
             if isinstance(value, Tensor):
-                memory = memory_of(value)
-                if memory is None:
+                try:
+                    node = storage_of(value).genie  # type: ignore[attr-defined]
+                except (AttributeError, RuntimeError):     # not of the device, or without a storage
                     self._foreign(value, key, inputs, scalars)
                     continue
-                node = memory.node if memory.plain else read(value, memory)
+                if type(node) is not Node:
+                    node = node.node if node.plain else read(value, node)
                 inputs.append(node)
                 key.append(node.layout)
             else:
@@ -91,11 +93,13 @@ class Op:
             inputs.append(value)
             key.append(value.layout)
         elif isinstance(value, Tensor):
-            memory = memory_of(value)
-            if memory is None:
+            try:
+                node = storage_of(value).genie  # type: ignore[attr-defined]
+            except (AttributeError, RuntimeError):
                 self._foreign(value, key, inputs, scalars)
                 return
-            node = memory.node if memory.plain else read(value, memory)
+            if type(node) is not Node:
+                node = node.node if node.plain else read(value, node)
             inputs.append(node)
             key.append(node.layout)
         elif kind is SCALAR and type(value) in (int, float):
