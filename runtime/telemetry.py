@@ -117,10 +117,10 @@ class Telemetry:
             self._fallbacks[reason] += 1
             return self._fallbacks[reason]
 
-    def event(self, name: str) -> None:
+    def event(self, name: str, count: int = 1) -> None:
         """Count something worth knowing: a retry, a restarted worker, an edit found by fingerprint."""
         with self._lock:
-            self._events[name] += 1
+            self._events[name] += count
 
     def snapshot(self) -> dict[str, Any]:
         """Everything as plain data, in the shape that genie.get_stats() documents."""

@@ -1,6 +1,6 @@
 """Tensors of other devices that recorded ops meet.
 
-As on CUDA they are an error, but for tensors without dimensions, which count as numbers, and indices. Inside
+As on CUDA they are an error, but for tensors without dimensions, and indices. Inside
 `genie.capture()` tensors of the CPU go up as inputs.
 """
 from __future__ import annotations
@@ -25,33 +25,12 @@ class _Admission(threading.local):
 admission = _Admission()
 """Of this thread: how many captures it is inside, and the CPU tensors they have met."""
 
-_PROBES = {
-    torch.float64: (torch.zeros((), dtype=torch.float16), torch.float16),
-    torch.complex128: (torch.zeros((), dtype=torch.float16), torch.complex32),
-    torch.int64: (torch.zeros((), dtype=torch.int8), torch.int8),
-    torch.bool: (torch.zeros((), dtype=torch.int8), torch.int8),
-}
-"""By the dtype that a number is wrapped into: a tensor, and what it becomes beside such a number."""
 
-
-def as_number(tensor: Tensor) -> Any:
-    """The Python number that torch has wrapped into a tensor on its way to a kernel; None for any other tensor."""
-    if tensor.dim():
-        return None
-    probe = _PROBES.get(tensor.dtype)
-    # Only what stands for a number leaves the dtype of another tensor without dimensions alone.
-    if probe is None or torch.result_type(probe[0], tensor) is not probe[1] or tensor.device.type != "cpu":
-        return None
-    return tensor.item()
-
-
-def admit(tensor: Tensor, target: Any, *, indices: bool) -> Any:
-    """A number or a node for a tensor that is not of the device.
+def admit(tensor: Tensor, target: Any, *, indices: bool) -> Node:
+    """A node for a tensor that is not of the device.
 
     Raises: RuntimeError where eager would refuse to mix devices.
     """
-    if not tensor.dim() and (number := as_number(tensor)) is not None:
-        return number
     if tensor.device.type == "meta" or tensor.layout is not torch.strided or tensor.device.type == NAME:
         raise RuntimeError(f"{target}: a tensor of layout {tensor.layout} on {tensor.device} cannot be used on {NAME}")
     if tensor.device.type == "cpu":

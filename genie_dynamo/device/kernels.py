@@ -72,14 +72,18 @@ def _binary(general: Kernel) -> Kernel:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if len(args) == 2 and not kwargs:
             try:
-                a, b = storage_of(args[0]).genie, storage_of(args[1]).genie
-                call = found[a.layout, b.layout]
+                a, second = storage_of(args[0]).genie, args[1]
+                if type(second) is float:
+                    call, inputs, scalars = found[a.layout, float], (a,), (second,)
+                else:
+                    b = storage_of(second).genie
+                    call, inputs, scalars = found[a.layout, b.layout], (a, b), ()
             except (AttributeError, KeyError, RuntimeError, TypeError):
                 pass
             else:
                 if len(fresh) <= engines.CUT_OPS:
                     out = call.single
-                    node = Node(call, (a, b), (), out)
+                    node = Node(call, inputs, scalars, out)
                     tensor = create(out.shape, out.dtype)
                     if not out.contiguous:
                         tensor = alias_of(tensor, out.shape, out.stride, 0)
@@ -88,13 +92,13 @@ def _binary(general: Kernel) -> Kernel:
                     fresh.append(reference(storage))
                     return tensor
         result = general(*args, **kwargs)
-        if len(args) == 2 and not kwargs and isinstance(result, Tensor):
-            made = storage_of(result).genie
-            if type(made) is Node and made.call is not None and made.call.single is not None and not made.scalars \
-                    and len(made.inputs) == 2:
+        made = storage_of(result).genie
+        if len(args) == 2 and not kwargs and isinstance(args[0], Tensor) and type(made) is Node and made.inputs:
+            kinds = tuple([made.inputs[0].layout, *[n.layout for n in made.inputs[1:]], *map(type, made.scalars)])
+            if made.call.single is not None and len(kinds) == 2 and len(made.inputs) + len(made.scalars) == 2:
                 if len(found) > MAX_KNOWN:
                     found.clear()
-                found[made.inputs[0].layout, made.inputs[1].layout] = made.call
+                found[kinds] = made.call
         return result
 
     return kernel

@@ -213,6 +213,35 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     return out
 
 
+def lstm_cell(input_gates: Tensor, hidden_gates: Tensor, cx: Tensor, input_bias: Tensor | None = None,
+              hidden_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What torch has fused kernels for on accelerators only, of ops that every worker has."""
+    gates = _biased(input_gates, input_bias) + _biased(hidden_gates, hidden_bias)
+    entry, forget, cell, out = gates.chunk(4, 1)
+    cy = forget.sigmoid() * cx + entry.sigmoid() * cell.tanh()
+    return out.sigmoid() * cy.tanh(), cy, gates
+
+
+def gru_cell(input_gates: Tensor, hidden_gates: Tensor, hx: Tensor, input_bias: Tensor | None = None,
+             hidden_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As lstm_cell."""
+    reset_in, update_in, new_in = _biased(input_gates, input_bias).chunk(3, 1)
+    reset, update, new = _biased(hidden_gates, hidden_bias).chunk(3, 1)
+    candidate = (new_in + (reset_in + reset).sigmoid() * new).tanh()
+    return (hx - candidate) * (update_in + update).sigmoid() + candidate, candidate
+
+
+def _biased(gates: Tensor, bias: Tensor | None) -> Tensor:
+    return gates if bias is None else gates + bias
+
+
+COMPOSED: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": attention,
+    "_thnn_fused_lstm_cell": lstm_cell,
+    "_thnn_fused_gru_cell": gru_cell,
+}
+"""Ops that the device makes of others, with autograd looking at those."""
+
 SPECIAL: dict[str, Callable[..., Any]] = {
     "aten::_local_scalar_dense": local_scalar_dense,
     "aten::copy_": copy_,
@@ -234,4 +263,4 @@ SPECIAL: dict[str, Callable[..., Any]] = {
     "aten::_fused_sdp_choice": fused_sdp_choice,
 }
 
-__all__ = ["SPECIAL", "attention", "inplace_view", "value_of"]
+__all__ = ["COMPOSED", "SPECIAL", "inplace_view", "value_of"]

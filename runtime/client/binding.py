@@ -49,6 +49,8 @@ class BoundProgram:
         self.num_saved = len(self.keep_names) - len(updates)
         self.keep_updates = dict(enumerate(updates, self.num_saved))
         """Index of a kept value -> position of the parameter or buffer that it becomes. The others are activations."""
+        self.state_names = tuple(names[v] for v in program.state)
+        """Values that stay on the worker where a call wants it."""
         self.num_fragments = len(program.fragments)
         self.last_compute_s: float | None = None       # what the worker reported of its last run
         self.outputs = tuple(self._output(output) for output in plan.outputs)

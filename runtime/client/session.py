@@ -196,6 +196,7 @@ class Session:
     def stats(self) -> dict[str, Any]:
         """The session's counters, with each worker's memory and incarnation."""
         snapshot = self.telemetry.snapshot()
+        snapshot["resident"] = self.residency.summary()
         for link in list(self.links):
             row = snapshot["workers"].setdefault(link.name, _empty_row())
             row.update(address=link.address, incarnation=link.incarnation, lost=link.lost or None)
@@ -258,7 +259,9 @@ class Session:
     def _start(self, count: int) -> list[EmbeddedWorker]:
         return start_embedded(
             count, num_threads=self.config.num_threads, op_libraries=self.op_libraries,
-            connect_timeout_s=self.config.connect_timeout_s, log_level=self.config.log_level)
+            connect_timeout_s=self.config.connect_timeout_s, log_level=self.config.log_level,
+            resident_quota_bytes=None if self.config.resident_quota_gib is None
+            else int(self.config.resident_quota_gib * 2**30))
 
     def _link(self, name: str, address: str, server_key: bytes | None, embedded: EmbeddedWorker | None,
               timeout_s: float | None = None) -> WorkerLink:

@@ -21,8 +21,8 @@ from genie_dynamo.core.program import FragmentProgram, WorkerProgram
 from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.worker.compiled import RUNS, CompiledFragment
+from genie_dynamo.runtime.worker.records import RunRecord
 from genie_dynamo.runtime.worker.rng import Generator
-from genie_dynamo.runtime.worker.state import RunRecord
 
 STREAM_BYTES = 256 << 10
 """Outputs from this size on leave as soon as they are final, while the run goes on."""
@@ -103,7 +103,7 @@ def _small(program: WorkerProgram, fragments: Sequence[LoadedFragment]) -> Small
 
 
 class Engine:
-    """The worker's toolbox (see state.Toolbox) and its executor."""
+    """The worker's toolbox (see worker/toolbox.py) and its executor."""
 
     def __init__(self, *, device: torch.device, num_threads: int, namespaces: frozenset[str] = frozenset(),
                  wake: Callable[[], None] = lambda: None) -> None:
@@ -146,6 +146,9 @@ class Engine:
 
     def size_bytes(self, tensor: Any) -> int:
         return tensor.untyped_storage().nbytes() if isinstance(tensor, torch.Tensor) else 0
+
+    def view(self, tensor: torch.Tensor, view: Any) -> torch.Tensor:
+        return tensors.view_within(tensor, view)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -290,14 +293,16 @@ class Engine:
             if rng[1] in run.loaded.leaves_early:
                 emit(run, rng[1], state)
 
-    def results(self, run: RunRecord, sent: set[int]) -> tuple[tuple[tuple[int, Any], ...], tuple[Any, ...]]:
-        """`((return index, value) not sent yet, kept values)` of a run that is done."""
+    def results(self, run: RunRecord,
+                sent: set[int]) -> tuple[tuple[tuple[int, Any], ...], tuple[Any, ...], tuple[Any, ...]]:
+        """`((return index, value) not sent yet, kept values, values of program.state)` of a run that is done."""
         program, env = run.program, run.env
         kept = tuple([env[v] for v in program.keeps])
+        state = tuple([env[v] for v in program.state]) if run.message.state else ()
         if program.aliases or program.input_views:
             _share(run)
         values = tuple([(i, env[v]) for i, v in enumerate(program.returns) if v not in sent])
-        return values, kept
+        return values, kept, state
 
 
 def _share(run: RunRecord) -> None:

@@ -25,7 +25,7 @@ from genie_dynamo.runtime.lanes import stream
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 from genie_dynamo.runtime.worker.background import Background
 from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine
-from genie_dynamo.runtime.worker.state import (
+from genie_dynamo.runtime.worker.events import (
     Abandon,
     Command,
     Execute,
@@ -35,11 +35,11 @@ from genie_dynamo.runtime.worker.state import (
     Measure,
     Received,
     Reply,
-    RunRecord,
     Tick,
-    WorkerState,
     failure,
 )
+from genie_dynamo.runtime.worker.records import RunRecord
+from genie_dynamo.runtime.worker.state import WorkerState
 from genie_dynamo.runtime.worker.streams import Streams
 
 log = logging.getLogger(__name__)
@@ -176,8 +176,8 @@ class Shell:
         try:
             status = self._engine.advance(run, time.monotonic() + SLICE_S, self._emit)
             if status is RunStatus.DONE and not run.abandoned:
-                values, kept = self._engine.results(run, self._sent.pop(run, set()))
-                self._carry_out(self._state.handle(Finished(run, values, kept, time.monotonic())))
+                values, kept, state = self._engine.results(run, self._sent.pop(run, set()))
+                self._carry_out(self._state.handle(Finished(run, values, kept, time.monotonic(), state)))
                 return
         except Exception as error:
             # An op of the user's model raised, or memory ran out: the caller gets it, the worker lives on.
