@@ -71,6 +71,7 @@ py::dict to_dict(const Statistics& facts) {
   row["bytes_copied_out"] = facts.bytes_copied_out;
   row["bytes_copied_in"] = facts.bytes_copied_in;
   row["bytes_shared"] = facts.bytes_shared;
+  row["bytes_open"] = facts.bytes_open;
   row["wakeups"] = facts.wakeups;
   return row;
 }
@@ -116,7 +117,7 @@ void bind_lanes(py::module_& module) {
             }
             HeldBuffers::sweep();
             if (posted == Posted::kClosed) raise_closed(self);
-            if (id == 0) {
+            if (posted == Posted::kRefused) {
               throw LaneError(std::string("the ") + std::string(self.capabilities().name) + " lane took nothing: " +
                               name_of(posted));
             }
@@ -125,7 +126,8 @@ void bind_lanes(py::module_& module) {
           py::arg("parts"), py::arg("timeout_s") = 30.0, py::arg("epoch") = 0, py::arg("digest") = false,
           py::arg("priority") = 1, py::arg("deadline_s") = std::numeric_limits<double>::infinity(),
           py::arg("watch") = false,
-          "Post buffers as one message; they must not change until it has ended. Returns its id. Raises: LaneError.")
+          "Post buffers as one message; they must not change until it has ended. Returns its id, or 0 where there was no "
+          "room in the queue in time. Raises: LaneError.")
       .def("receive", [](Channel& self, double timeout_s, double spin_s) { return receive(self, timeout_s, spin_s, false); },
            py::arg("timeout_s"), py::arg("spin_s") = 0.0,
            "(first buffer as bytes, [Memory, ...]), or None in vain. Raises: LaneError once the lane is closed.")

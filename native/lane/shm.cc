@@ -120,9 +120,16 @@ struct Pending {
   bool digest = false;
   Deadline deadline = kNoDeadline;
   std::vector<Slice> slices;
+
+  [[nodiscard]] std::uint64_t size_bytes() const noexcept {
+    std::uint64_t total = 0;
+    for (const Slice& slice : slices) total += slice.size_bytes;
+    return total;
+  }
 };
 
 struct Untaken {
+  std::uint64_t size_bytes = 0;
   std::uint64_t position = 0;   // of the ring, after its record
   std::uint64_t id = 0;
   Deadline deadline = kNoDeadline;
@@ -220,6 +227,7 @@ class ShmLane final : public Lane {
     if (num_queued_ >= kMaxQueued) return Posted::kBusy;
     last_id_ = transfer.id;
     ++facts_.posted;
+    facts_.bytes_open += total;
     Pending pending{transfer.id, transfer.epoch, transfer.digest, transfer.deadline,
                     {transfer.slices.begin(), transfer.slices.end()}};
     if (transfer.deadline != kNoDeadline) next_deadline_ = std::min(next_deadline_, transfer.deadline);
@@ -270,6 +278,7 @@ class ShmLane final : public Lane {
     for (auto& queue : queues_) {
       const auto at = std::find_if(queue.begin(), queue.end(), [id](const Pending& p) { return p.id == id; });
       if (at == queue.end()) continue;
+      facts_.bytes_open -= at->size_bytes();
       queue.erase(at);
       --num_queued_;
       end(id, End::kCancelled);
@@ -291,7 +300,8 @@ class ShmLane final : public Lane {
 
   void close() noexcept override {
     if (closed_) return;
-    if (writer_ != nullptr && writer_->reserve(0, kBye) != nullptr) {
+    // A forked child has the parent's rings: it must not speak for it.
+    if (::getpid() == pid_ && writer_ != nullptr && writer_->reserve(0, kBye) != nullptr) {
       writer_->commit();
       ring_bell(peer_wake_.get());
     }
@@ -515,7 +525,7 @@ class ShmLane final : public Lane {
     }
     std::byte* data = segment.data() + ref.offset;
     auto borrowed = std::make_shared<Borrowed>(found->second, releases_, ref.token);
-    if (!copy_out) return {data, ref.size_bytes, !connecting_, std::move(borrowed)};
+    if (!copy_out) return {data, ref.size_bytes, !connecting_, std::move(borrowed), true};
     Buffer buffer = land(ref.size_bytes);
     if (buffer.data == nullptr) return {};
     std::memcpy(buffer.data, data, ref.size_bytes);
@@ -598,6 +608,7 @@ class ShmLane final : public Lane {
     if (!writer_->refresh()) return shut(End::kCorrupt, "a ring position that cannot be");
     while (!untaken_.empty() && untaken_.front().position <= writer_->taken()) {
       if (!untaken_.front().ended) end(untaken_.front().id, End::kOk);
+      facts_.bytes_open -= untaken_.front().size_bytes;
       untaken_.pop_front();
     }
   }
@@ -620,6 +631,7 @@ class ShmLane final : public Lane {
       for (auto at = queue.begin(); at != queue.end();) {
         if (at->deadline <= now) {
           end(at->id, End::kTimeout);
+          facts_.bytes_open -= at->size_bytes();
           at = queue.erase(at);
           --num_queued_;
         } else {
@@ -712,6 +724,7 @@ class ShmLane final : public Lane {
       if (place(slice, placed[i])) continue;
       if (free_slots_.size() < slots_.size()) return Published::kLater;   // the peer has slabs to give back
       end(pending.id, End::kLocal);
+      facts_.bytes_open -= pending.size_bytes();
       return Published::kEnded;
     }
     MessageHead head{pending.id, pending.epoch, static_cast<std::uint32_t>(count), 0, 0, 0};
@@ -738,7 +751,7 @@ class ShmLane final : public Lane {
       std::memcpy(body + sizeof head + i * sizeof ref, &ref, sizeof ref);
       facts_.bytes_sent += slice.size_bytes;
     }
-    untaken_.push_back({writer_->commit(), pending.id, pending.deadline, false});
+    untaken_.push_back({pending.size_bytes(), writer_->commit(), pending.id, pending.deadline, false});
     wake_peer();
     return Published::kDone;
   } catch (...) {
@@ -755,6 +768,7 @@ class ShmLane final : public Lane {
   Fd peer_wake_;
   Fd epoll_;
   const bool connecting_;
+  const pid_t pid_ = ::getpid();
   Capabilities capabilities_;
   std::shared_ptr<Segment> out_segment_;
   std::unique_ptr<RingWriter> writer_;
@@ -783,11 +797,13 @@ class ShmLane final : public Lane {
   Statistics facts_;
 };
 
+// "@name" is an abstract one: it has no file, and nothing of it is left when its process ends.
 sockaddr_un address_of(const std::string& path) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   if (path.size() >= sizeof address.sun_path) throw LaneError("the path of a Unix socket is too long: " + path);
   std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
+  if (path.starts_with('@')) address.sun_path[0] = '\0';
   return address;
 }
 
@@ -799,14 +815,16 @@ class ShmListener final : public Listener {
     if (!socket_.valid()) throw LaneError(error_text("making a Unix socket"));
     if (!bind_to(address)) throw LaneError(error_text("binding " + path_));
     // Before listen(): until then nobody can connect.
-    if (::chmod(path_.c_str(), S_IRUSR | S_IWUSR) != 0 || ::listen(socket_.get(), 64) != 0) {
+    if ((!is_abstract() && ::chmod(path_.c_str(), S_IRUSR | S_IWUSR) != 0) || ::listen(socket_.get(), 64) != 0) {
       throw LaneError(error_text("listening at " + path_));
     }
     epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
     watch(socket_.get());
   }
 
-  ~ShmListener() override { ::unlink(path_.c_str()); }
+  ~ShmListener() override {
+    if (!is_abstract()) ::unlink(path_.c_str());
+  }
 
   [[nodiscard]] std::string address() const override { return path_; }
   [[nodiscard]] int wait_fd() const noexcept override { return epoll_.get(); }
@@ -839,11 +857,13 @@ class ShmListener final : public Listener {
     Deadline until;
   };
 
+  [[nodiscard]] bool is_abstract() const noexcept { return path_.starts_with('@'); }
+
   // The file that a killed worker has left is removed, if nobody listens there.
   [[nodiscard]] bool bind_to(const sockaddr_un& address) {
     const auto* generic = reinterpret_cast<const sockaddr*>(&address);
     if (::bind(socket_.get(), generic, sizeof address) == 0) return true;
-    if (errno != EADDRINUSE) return false;
+    if (errno != EADDRINUSE || is_abstract()) return false;
     const Fd probe(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
     if (::connect(probe.get(), generic, sizeof address) == 0 || errno != ECONNREFUSED) {
       errno = EADDRINUSE;

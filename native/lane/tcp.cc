@@ -54,12 +54,18 @@ struct Outgoing {
     return trailer;
   }
   [[nodiscard]] bool started() const noexcept { return part > 0 || sent > 0; }
+  [[nodiscard]] std::uint64_t size_bytes() const noexcept {
+    std::uint64_t total = 0;
+    for (const Slice& slice : slices) total += slice.size_bytes;
+    return total;
+  }
 };
 
 struct Unacked {
   std::uint64_t id = 0;
   Deadline deadline = kNoDeadline;
   bool ended = false;
+  std::uint64_t size_bytes = 0;
   std::vector<Slice> slices;          // kept as they are until the peer has them
 };
 
@@ -134,6 +140,7 @@ class TcpLane final : public Lane {
     ++num_queued_;
     ++facts_.posted;
     facts_.bytes_sent += total;
+    facts_.bytes_open += total;
     if (transfer.deadline != kNoDeadline) next_deadline_ = std::min(next_deadline_, transfer.deadline);
     if (!blocked_) send_queued();
     return Posted::kAccepted;
@@ -190,6 +197,7 @@ class TcpLane final : public Lane {
         // Half of it is on the wire: only the stream's end could take it back. The peer will get it.
         cancelled_.push_back(id);
       } else {
+        facts_.bytes_open -= at->size_bytes();
         queue.erase(at);
         --num_queued_;
       }
@@ -212,7 +220,7 @@ class TcpLane final : public Lane {
 
   void close() noexcept override {
     if (closed_) return;
-    if (!mid_message()) {
+    if (::getpid() == pid_ && !mid_message()) {
       std::array<std::byte, tcp::kHeaderBytes> bye{};
       tcp::write_header({tcp::Kind::kBye, 0, 0, 0, 0, last_arrived_}, bye.data());
       [[maybe_unused]] const ssize_t sent = ::send(socket_.get(), bye.data(), bye.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -320,7 +328,8 @@ class TcpLane final : public Lane {
       if (out.lead.empty()) begin(out);
       if (!send_some(out)) return;
       if (!out.bare) {
-        Unacked sent{out.id, out.deadline, false, std::move(out.slices)};
+        Unacked sent{out.id, out.deadline, false, 0, std::move(out.slices)};
+        for (const Slice& slice : sent.slices) sent.size_bytes += slice.size_bytes;
         if (const auto at = std::find(cancelled_.begin(), cancelled_.end(), out.id); at != cancelled_.end()) {
           cancelled_.erase(at);
           sent.ended = true;
@@ -574,6 +583,7 @@ class TcpLane final : public Lane {
     if (id > last_id_) return false;
     while (!unacked_.empty() && unacked_.front().id <= id) {
       if (!unacked_.front().ended) end(unacked_.front().id, End::kOk);
+      facts_.bytes_open -= unacked_.front().size_bytes;
       unacked_.pop_front();
     }
     return true;
@@ -592,6 +602,7 @@ class TcpLane final : public Lane {
           return shut(End::kTimeout, "the other end does not read");   // half a message is of no use
         } else {
           end(at->id, End::kTimeout);
+          facts_.bytes_open -= at->size_bytes();
           at = queue.erase(at);
           --num_queued_;
         }
@@ -611,6 +622,7 @@ class TcpLane final : public Lane {
   Fd socket_;
   Fd wake_;
   Fd epoll_;
+  const pid_t pid_ = ::getpid();   // a forked child must not speak for its parent
   Capabilities capabilities_;
   std::uint64_t peer_max_ = 0;
   std::array<std::byte, tcp::kHelloBytes> hello_{};
