@@ -53,13 +53,14 @@ static_assert(sizeof(PacketBody) == 24);
 
 struct MessageHead {
   std::uint64_t id;
+  std::uint64_t sequence;     // of messages in the ring, from 1; ids follow posting, whose order priorities change
   std::uint64_t epoch;
   std::uint32_t num_slices;
   std::uint32_t flags;
   std::uint32_t digest;
   std::uint32_t reserved;
 };
-static_assert(sizeof(MessageHead) == 32);
+static_assert(sizeof(MessageHead) == 40);
 
 struct SliceRef {
   std::uint64_t size_bytes;
@@ -473,7 +474,7 @@ class ShmLane final : public Lane {
     MessageHead head{};
     if (body.size() < sizeof head) return false;
     std::memcpy(&head, body.data(), sizeof head);
-    if (head.id <= last_arrived_ || head.num_slices > kShmMaxSlices) return false;   // a replay, or too many
+    if (head.sequence != last_arrived_ + 1 || head.num_slices > kShmMaxSlices) return false;   // a replay, or too many
     const std::size_t inline_at = sizeof head + head.num_slices * sizeof(SliceRef);
     if (inline_at > body.size()) return false;
     const std::span<const std::byte> inlined = body.subspan(inline_at);
@@ -493,7 +494,7 @@ class ShmLane final : public Lane {
       for (const Buffer& buffer : buffers) crc = crc32c(buffer.data, buffer.size_bytes, crc);
       if (crc != head.digest) return false;
     }
-    last_arrived_ = head.id;
+    last_arrived_ = head.sequence;
     ++facts_.arrived;
     ++reported_;
     facts_.bytes_arrived += total;
@@ -727,7 +728,7 @@ class ShmLane final : public Lane {
       facts_.bytes_open -= pending.size_bytes();
       return Published::kEnded;
     }
-    MessageHead head{pending.id, pending.epoch, static_cast<std::uint32_t>(count), 0, 0, 0};
+    MessageHead head{pending.id, ++last_sequence_, pending.epoch, static_cast<std::uint32_t>(count), 0, 0, 0};
     if (pool_->used_bytes() > pool_->options().limit_bytes / 2) head.flags |= kCopyOut;
     if (pending.digest) {
       head.flags |= kHasDigest;
@@ -786,6 +787,7 @@ class ShmLane final : public Lane {
   std::vector<std::pair<std::uint64_t, End>> ends_;
   Deadline next_deadline_ = kNoDeadline;
   std::uint64_t last_id_ = 0;
+  std::uint64_t last_sequence_ = 0;
   std::uint64_t last_arrived_ = 0;
   bool armed_ = true;           // the first poll looks at the descriptors
   bool closed_ = false;

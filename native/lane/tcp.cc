@@ -34,6 +34,7 @@ constexpr auto kHandshakeTime = std::chrono::seconds(5);
 
 struct Outgoing {
   std::uint64_t id = 0;
+  std::uint64_t sequence = 0;         // given when its first byte is about to leave
   std::uint64_t epoch = 0;
   bool digest = false;
   bool bare = false;                  // an ack or a bye: a header alone
@@ -63,6 +64,7 @@ struct Outgoing {
 
 struct Unacked {
   std::uint64_t id = 0;
+  std::uint64_t sequence = 0;
   Deadline deadline = kNoDeadline;
   bool ended = false;
   std::uint64_t size_bytes = 0;
@@ -222,7 +224,7 @@ class TcpLane final : public Lane {
     if (closed_) return;
     if (::getpid() == pid_ && !mid_message()) {
       std::array<std::byte, tcp::kHeaderBytes> bye{};
-      tcp::write_header({tcp::Kind::kBye, 0, 0, 0, 0, last_arrived_}, bye.data());
+      tcp::write_header({tcp::Kind::kBye, 0, 0, 0, 0, 0, last_arrived_}, bye.data());
       [[maybe_unused]] const ssize_t sent = ::send(socket_.get(), bye.data(), bye.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
     }
     shut(End::kCancelled, "closed here");
@@ -302,8 +304,10 @@ class TcpLane final : public Lane {
   }
 
   void begin(Outgoing& out) {
+    if (!out.bare) out.sequence = ++last_sequence_;
     tcp::Header header{out.kind, static_cast<std::uint8_t>(out.digest ? tcp::kHasDigest : 0),
-                       static_cast<std::uint16_t>(out.slices.size()), out.id, out.epoch, last_arrived_};
+                       static_cast<std::uint16_t>(out.slices.size()), out.id, out.sequence, out.epoch,
+                       last_arrived_};
     const std::size_t sizes = out.bare ? 0 : out.slices.size() * 8 + 4;
     out.lead.resize(tcp::kHeaderBytes + sizes);
     tcp::write_header(header, out.lead.data());
@@ -328,7 +332,7 @@ class TcpLane final : public Lane {
       if (out.lead.empty()) begin(out);
       if (!send_some(out)) return;
       if (!out.bare) {
-        Unacked sent{out.id, out.deadline, false, 0, std::move(out.slices)};
+        Unacked sent{out.id, out.sequence, out.deadline, false, 0, std::move(out.slices)};
         for (const Slice& slice : sent.slices) sent.size_bytes += slice.size_bytes;
         if (const auto at = std::find(cancelled_.begin(), cancelled_.end(), out.id); at != cancelled_.end()) {
           cancelled_.erase(at);
@@ -493,7 +497,7 @@ class TcpLane final : public Lane {
             return false;
           }
           if (header_.kind == tcp::Kind::kAck) break;
-          if (header_.id <= last_arrived_) return corrupt("a message that came before");
+          if (header_.sequence != last_arrived_ + 1) return corrupt("a message out of turn");
           state_ = State::kSizes;
           break;
         }
@@ -571,7 +575,7 @@ class TcpLane final : public Lane {
   }
 
   void arrived() {
-    last_arrived_ = header_.id;
+    last_arrived_ = header_.sequence;
     ++facts_.arrived;
     ++reported_;
     for (const Buffer& buffer : slices_) facts_.bytes_arrived += buffer.size_bytes;
@@ -579,9 +583,9 @@ class TcpLane final : public Lane {
     sink_->on_arrived(header_.id, header_.epoch, std::exchange(slices_, {}));
   }
 
-  [[nodiscard]] bool take_acked(std::uint64_t id) noexcept {
-    if (id > last_id_) return false;
-    while (!unacked_.empty() && unacked_.front().id <= id) {
+  [[nodiscard]] bool take_acked(std::uint64_t sequence) noexcept {
+    if (sequence > last_sequence_) return false;
+    while (!unacked_.empty() && unacked_.front().sequence <= sequence) {
       if (!unacked_.front().ended) end(unacked_.front().id, End::kOk);
       facts_.bytes_open -= unacked_.front().size_bytes;
       unacked_.pop_front();
@@ -634,6 +638,7 @@ class TcpLane final : public Lane {
   std::vector<std::uint64_t> cancelled_;
   bool blocked_ = false;
   std::uint64_t last_id_ = 0;
+  std::uint64_t last_sequence_ = 0;   // given out
   std::uint64_t said_acked_ = 0;
 
   State state_ = State::kHeader;
@@ -647,7 +652,7 @@ class TcpLane final : public Lane {
   bool check_ = false;
   bool more_ = false;
   std::uint32_t crc_ = 0;
-  std::uint64_t last_arrived_ = 0;
+  std::uint64_t last_arrived_ = 0;    // sequence number
 
   std::vector<std::pair<std::uint64_t, End>> ends_;
   Deadline next_deadline_ = kNoDeadline;
