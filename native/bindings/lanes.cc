@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "gpu/driver.h"
 #include "lane/channel.h"
 #include "lane/inproc.h"
 #include "lane/shm.h"
@@ -195,7 +196,9 @@ void bind_lanes(py::module_& module) {
 
   module.def("probe", [] {
     std::map<std::string, std::pair<bool, std::string>> found;
-    for (const auto& [name, probe] : {std::pair{"shm", probe_shm()}, std::pair{"tcp", probe_tcp()}}) {
+    for (const auto& [name, probe] :
+         {std::pair{"shm", probe_shm()}, std::pair{"tcp", probe_tcp()}, std::pair{"cuda_staging", gpu::probe_staging()},
+          std::pair{"gpudirect", gpu::probe_gpudirect()}}) {
       found[name] = {probe.usable, probe.reason};
     }
     return found;

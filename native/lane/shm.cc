@@ -506,7 +506,7 @@ class ShmLane final : public Lane {
     if (ref.offset > inlined.size() || ref.size_bytes > inlined.size() - ref.offset) return {};
     Buffer buffer = land(ref.size_bytes);
     if (buffer.data == nullptr) return {};
-    std::memcpy(buffer.data, inlined.data() + ref.offset, ref.size_bytes);
+    if (ref.size_bytes > 0) std::memcpy(buffer.data, inlined.data() + ref.offset, ref.size_bytes);
     facts_.bytes_copied_in += ref.size_bytes;
     return buffer;
   }
@@ -745,7 +745,7 @@ class ShmLane final : public Lane {
         ref.token = take_slot(std::move(placed[i].owner));
         facts_.bytes_shared += slice.size_bytes;
       } else {
-        std::memcpy(body + fixed + inline_at, slice.data, slice.size_bytes);
+        if (slice.size_bytes > 0) std::memcpy(body + fixed + inline_at, slice.data, slice.size_bytes);
         facts_.bytes_copied_out += slice.size_bytes;
         inline_at += aligned(slice.size_bytes);
       }
