@@ -64,7 +64,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 def add_lanes(parser: Parser, subparsers: Any) -> None:
     command = parser.add_command(
         subparsers, "lanes", example="genie lanes\ngenie lanes --json",
-        help="the ways that payload can take on this machine: which are usable, how fast they are, and why not the rest")
+        help="the ways that payload can take on this machine: which work, how fast they are, and why not the rest")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run_lanes)
 

@@ -261,8 +261,7 @@ class ShmLane final : public Lane {
     armed_ = true;
     if (num_queued_ > 0 || (for_ends && !untaken_.empty())) {
       const std::uint64_t before = writer_->taken();
-      writer_->header().starved.store(1, std::memory_order_relaxed);
-      std::atomic_thread_fence(std::memory_order_seq_cst);
+      writer_->header().starved.store(1, std::memory_order_seq_cst);
       if (writer_->refresh() && writer_->taken() != before) return false;
     }
     return reader_->arm();
