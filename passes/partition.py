@@ -23,6 +23,7 @@ from genie_dynamo.passes.costs.cost_graph import cost_graph
 from genie_dynamo.passes.costs.shipped import shipped_fit
 from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.placement.interfaces import Limits, PlacementStrategy
+from genie_dynamo.passes.rows.split import SplitGraph
 
 MARGIN = 0.85
 """A cut must be estimated to take at most this share of the time that the best single worker takes."""
@@ -66,6 +67,7 @@ class Partition:
     alternatives: tuple[Alternative, ...]
     placement: Placement | None              # None where one worker was chosen
     pinned: bool                             # whole, but not every worker will do: some cannot, or are much slower
+    split: SplitGraph | None = None          # the graph over parts of its batch, which `assign` speaks of too
 
 
 def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
@@ -79,14 +81,7 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
              symbol_values: sizes of this call, for dynamic graphs.
     Raises:  PlacementError where it fits on no worker and in no cut; the message has the numbers.
     """
-    peak_bytes = int(analyze_costs(gm).totals(symbol_values).peak_bytes)
-    devices = [_device(worker, lanes, peak_bytes) for worker in workers]
-    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-    fits = {w.name: fit for w in workers if (fit := shipped_fit(w.hardware.kind)) is not None}
-    plain = cost_graph(gm, devices, {w.name: w.hardware for w in workers}, symbol_values, fits=fits,
-                       static_inputs=[names[i] for i in facts.static_inputs], backward=facts.kind == "backward",
-                       activations=False)
-    graph = CostGraph.from_json(plain)
+    graph, devices = price(gm, facts, workers, lanes, symbol_values)
     alternatives = [_single(graph, device) for device in devices]
     possible = [a for a in alternatives if a.est_s is not None]
     best = min(possible, key=lambda a: a.est_s or 0.0) if possible else None
@@ -108,7 +103,7 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
     alternatives = _judged(alternatives, cut, rival, use_cut)
     if use_cut:
         assert placed is not None
-        device_of: Mapping[str, str] = _views_with_readers(gm, placed.device)
+        device_of: Mapping[str, str] = views_with_readers(gm, placed.device)
     else:
         assert best is not None
         device_of = dict.fromkeys(graph.index, best.name)
@@ -120,6 +115,19 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
         memory_bytes={n.id: n.memory_bytes for n in graph.nodes},
         est_s=next(a.est_s for a in alternatives if a.chosen) or 0.0,
         alternatives=tuple(alternatives), placement=placed if use_cut else None, pinned=pinned)
+
+
+def price(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
+          symbol_values: Mapping[str, int] | None = None) -> tuple[CostGraph, list[Device]]:
+    """The graph's costs on each worker, and the workers as devices whose kinds are their names. Raises: CostError."""
+    peak_bytes = int(analyze_costs(gm).totals(symbol_values).peak_bytes)
+    devices = [_device(worker, lanes, peak_bytes) for worker in workers]
+    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    fits = {w.name: fit for w in workers if (fit := shipped_fit(w.hardware.kind)) is not None}
+    plain = cost_graph(gm, devices, {w.name: w.hardware for w in workers}, symbol_values, fits=fits,
+                       static_inputs=[names[i] for i in facts.static_inputs], backward=facts.kind == "backward",
+                       activations=False)
+    return CostGraph.from_json(plain), devices
 
 
 def _device(worker: WorkerFacts, lanes: Sequence[LinkFacts], peak_bytes: int) -> Device:
@@ -178,7 +186,7 @@ def _worth(placed: Placement, best: Alternative | None) -> bool:
     return cut_s <= MARGIN * best.est_s and best.est_s - cut_s >= MIN_GAIN_S
 
 
-def _views_with_readers(gm: fx.GraphModule, device_of: Mapping[str, str]) -> dict[str, str]:
+def views_with_readers(gm: fx.GraphModule, device_of: Mapping[str, str]) -> dict[str, str]:
     """A view of an input costs nothing anywhere: it is made where it is read, so that the input goes there alone."""
     chosen = dict(device_of)
     for node in reversed(gm.graph.nodes):
