@@ -22,7 +22,7 @@ from genie_dynamo.core.fragment import encode
 from genie_dynamo.core.plan import Output
 from genie_dynamo.core.tensors import DTYPES
 from genie_dynamo.device import memory as memories
-from genie_dynamo.device.memory import Memory, new_tensor, storage_of
+from genie_dynamo.device.memory import new_tensor, storage_of, value_in
 from genie_dynamo.device.nodes import Call, Failed, Layout, Node, item_of, layout, uploaded
 from genie_dynamo.device.record import getitem
 from genie_dynamo.device.structure import Recording, Structure, Variant, collect
@@ -52,7 +52,6 @@ class Engine:
         self.lock = threading.RLock()
         self.structures: dict[tuple[Any, ...], Structure] = {}
         self.counters = {"ops": 0, "runs": 0, "programs": 0, "cuts": 0}
-        self.pending = 0                               # ops recorded since the last run
         self._anchor: Call | None = None
         self._uploader = Uploader()
         self._rng_state: Node | None = None            # the generator's state before ...
@@ -62,7 +61,7 @@ class Engine:
 
     def maybe_cut(self, call: Call) -> None:
         """Run what was recorded, if it is long. Called before a node is made: nothing may be half recorded."""
-        if self.pending > MAX_OPS or call is self._anchor:
+        if len(memories.fresh) > MAX_OPS or call is self._anchor:
             self._anchor = call
             self.counters["cuts"] += 1
             self.run(())
@@ -161,22 +160,24 @@ class Engine:
         value.check(session, link)
         return fetch(session, value)
 
-    def _roots(self) -> tuple[list[Node], list[Memory]]:
-        """The nodes that live memories hold and that still have to be run, and those memories."""
-        listed, memories.fresh[:] = list(memories.fresh), []
-        self.counters["ops"] += self.pending
-        self.pending = 0
+    def _roots(self) -> tuple[list[Node], list[Any]]:
+        """The nodes that live storages hold and that still have to be run, and those storages."""
+        count = len(memories.fresh)
+        listed = memories.fresh[:count]
+        del memories.fresh[:count]            # in place, and what other threads have added meanwhile stays
+        self.counters["ops"] += count
         roots: dict[Node, None] = {}
         holders = []
         for reference in listed:
-            memory = reference()
-            if memory is None:
+            storage = reference()
+            if storage is None:
                 continue
-            holders.append(memory)
-            if memory.node.value is None:
-                roots[memory.node] = None
-            elif isinstance(memory.node.value, torch.Tensor):
-                self._put(memory.node, *self.place())
+            node = value_in(storage)
+            if node.value is None:
+                holders.append(storage)
+                roots[node] = None
+            elif isinstance(node.value, torch.Tensor):
+                self._put(node, *self.place())
         return list(roots), holders
 
     def _run_recording(self, recording: Recording) -> list[Any]:
@@ -309,12 +310,9 @@ class Program:
         return [keeps[i] for i in self._order]
 
 
-def _list_again(holders: Sequence[Memory]) -> None:
-    """Memories whose value is still to be made wait for the next run."""
-    for memory in holders:
-        memory.listed = memory.node.value is None
-        if memory.listed:
-            memories.fresh.append(weakref.ref(memory))
+def _list_again(holders: Sequence[Any]) -> None:
+    """Storages whose value is still to be made wait for the next run."""
+    memories.fresh += [weakref.ref(storage) for storage in holders if value_in(storage).value is None]
 
 
 _INEXACT = Call(None, (), {}, (), (), exact=False)
@@ -342,7 +340,7 @@ def _size_of(own: Layout | None) -> int:
 
 def nbytes_of(tensor: torch.Tensor) -> int:
     """Bytes that the tensor's memory takes on the worker."""
-    return _size_of(storage_of(tensor).genie.node.layout)  # type: ignore[attr-defined]
+    return _size_of(value_in(storage_of(tensor)).layout)
 
 
 current = Engine()

@@ -1,6 +1,6 @@
 """Tensors of other devices that recorded ops meet.
 
-As on CUDA they are an error, but for tensors without dimensions, which count as numbers, and indices. Inside
+As on CUDA they are an error, but for tensors without dimensions, and indices. Inside
 `genie.capture()` tensors of the CPU go up as inputs.
 """
 from __future__ import annotations
@@ -25,34 +25,15 @@ class _Admission(threading.local):
 admission = _Admission()
 """Of this thread: how many captures it is inside, and the CPU tensors they have met."""
 
-_PROBE = {True: torch.zeros((), dtype=torch.float16), False: torch.zeros((), dtype=torch.int8)}
 
-
-def as_number(tensor: Tensor) -> Any:
-    """The Python number that torch has wrapped into a tensor on its way to a kernel; None for any other tensor."""
-    if tensor.dim() or tensor.device.type != "cpu" or tensor.requires_grad:
-        return None
-    if tensor.dtype not in (torch.float64, torch.int64, torch.bool, torch.complex128):
-        return None
-    if tensor.dtype is torch.bool:
-        return bool(tensor.item())
-    probe = _PROBE[tensor.dtype is not torch.int64]
-    # Only what stands for a number leaves the dtype of another tensor without dimensions alone.
-    if torch.result_type(probe, tensor) not in (probe.dtype, torch.complex32):
-        return None
-    return tensor.item()
-
-
-def admit(tensor: Tensor, target: Any, *, indices: bool) -> Any:
-    """A number or a node for a tensor that is not of the device.
+def admit(tensor: Tensor, target: Any, *, indices: bool) -> Node:
+    """A node for a tensor that is not of the device.
 
     Raises: RuntimeError where eager would refuse to mix devices.
     """
     if tensor.device.type == "meta" or tensor.layout is not torch.strided or tensor.device.type == NAME:
         raise RuntimeError(f"{target}: a tensor of layout {tensor.layout} on {tensor.device} cannot be used on {NAME}")
     if tensor.device.type == "cpu":
-        if (number := as_number(tensor)) is not None:
-            return number
         if admission.depth:
             return _admitted(tensor)
         if tensor.dim() == 0 or (indices and not tensor.dtype.is_floating_point):

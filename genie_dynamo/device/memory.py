@@ -1,8 +1,8 @@
 """Storages of the device: reading a tensor's value, making a tensor for a value, writing one.
 
-A device tensor is a plain torch.Tensor whose storage has no bytes; its Memory hangs on the storage object, which torch
-keeps as long as any tensor uses it. Real views share the storage, so autograd, `_base`, `data_ptr` and Python see what
-they see elsewhere.
+A device tensor is a plain torch.Tensor whose storage has no bytes; what it holds hangs on the storage object, which
+torch keeps as long as any tensor uses it: `storage.genie` is a Node as long as nobody has looked at the storage in any
+other way, then a Memory. Real views share the storage, so autograd, `_base` and Python see what they see elsewhere.
 """
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from genie_dynamo.device.nodes import Layout, Node, layout, layout_of
 Tensor = torch.Tensor
 
 storage_of = torch.Tensor.untyped_storage
-_create = torch._C._acc.create_empty_tensor
+create = torch._C._acc.create_empty_tensor
+reference = weakref.ref
 _shifted: Any = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
 
 _MAX_VIEWS = 64
@@ -34,8 +35,8 @@ def alias_of(tensor: Tensor, shape: Sequence[int], stride: Sequence[int], offset
     alias: Tensor = _shifted(tensor, shape, stride, offset - tensor.storage_offset())
     return alias
 
-fresh: list[weakref.ref[Memory]] = []
-"""Memories written since the last run; those that live still are what the next run has to make."""
+fresh: list[weakref.ref[Any]] = []
+"""Storages written since the last run, some more than once; what lives of them the next run has to make."""
 
 lazy_bits = [False]
 """Whether a conjugate or negative view was ever made: then reads look for them."""
@@ -49,33 +50,30 @@ class Memory:
     views   layout -> the node that reads it out of `node`, as far as known
     """
 
-    __slots__ = ("__weakref__", "listed", "node", "plain", "views")
+    __slots__ = ("node", "plain", "reference", "views")
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, storage: Any, node: Node) -> None:
         self.node = node
         self.plain = True
         self.views: dict[Layout, Node] | None = None
-        self.listed = True
+        self.reference = reference(storage)
 
     def put(self, node: Node) -> None:
         """A new current value, of the same layout."""
         self.node = node
         self.views = None
-        if not self.listed:
-            self.listed = True
-            fresh.append(weakref.ref(self))
+        fresh.append(self.reference)
 
 
 def new_tensor(node: Node) -> Tensor:
     """A tensor with a storage of its own that holds the node's value."""
-    out = node.layout
-    assert out is not None
-    tensor: Tensor = _create(out.shape, out.dtype)
+    out: Any = node.layout
+    tensor: Tensor = create(out.shape, out.dtype)
     if not out.contiguous:
         tensor = _shifted(tensor, out.shape, out.stride, 0)
-    memory = Memory(node)
-    storage_of(tensor).genie = memory  # type: ignore[attr-defined]
-    fresh.append(weakref.ref(memory))
+    storage: Any = storage_of(tensor)
+    storage.genie = node
+    fresh.append(reference(storage))
     return tensor
 
 
@@ -94,7 +92,10 @@ def memory_of(tensor: Tensor) -> Memory | None:
     """The memory of a tensor of the device; None for any other."""
     if tensor.layout is not torch.strided:
         return None
-    found: Memory | None = getattr(storage_of(tensor), "genie", None)
+    storage: Any = storage_of(tensor)
+    found = getattr(storage, "genie", None)
+    if type(found) is Node:
+        found = storage.genie = Memory(storage, found)
     return found
 
 
@@ -148,6 +149,12 @@ def write(tensor: Tensor, value: Node) -> None:
     """Give the tensor, and so every view of its memory, new content: `value`, cast and broadcast as copy_ does."""
     from genie_dynamo.device.record import as_strided, copied, record, scattered
 
+    storage: Any = storage_of(tensor)
+    found = storage.genie
+    if type(found) is Node and value.layout is found.layout:
+        storage.genie = value
+        fresh.append(reference(storage))
+        return
     memory = memory_of(tensor)
     assert memory is not None
     own = memory.node.layout
@@ -172,4 +179,17 @@ def write(tensor: Tensor, value: Node) -> None:
 
 def is_ours(value: Any) -> bool:
     """Whether a value is a tensor of the device."""
-    return isinstance(value, Tensor) and memory_of(value) is not None
+    return (isinstance(value, Tensor) and value.layout is torch.strided
+            and hasattr(storage_of(value), "genie"))
+
+
+def node_of(tensor: Tensor) -> Node:
+    """The current value of a tensor of the device."""
+    found = storage_of(tensor).genie  # type: ignore[attr-defined]
+    return found if type(found) is Node else read(tensor, found)
+
+
+def value_in(storage: Any) -> Node:
+    """The current value of a storage of the device."""
+    found = storage.genie
+    return found if type(found) is Node else found.node

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 
 from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::laid_out
 from genie_dynamo.device import foreign, nodes
-from genie_dynamo.device.memory import memory_of, read
+from genie_dynamo.device.memory import read, storage_of
 from genie_dynamo.device.nodes import Call, Layout, Node, Slot, layout, layout_of
 
 Tensor = torch.Tensor
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 TENSOR, NUMBER, SCALAR, LITERAL = "tensor", "number", "scalar", "literal"
 
-_VALUES_MATTER = ("arange", "linspace", "logspace", "range", "upsample", "_upsample", "histc", "full", "scalar_tensor")
+_VALUES_MATTER = ("arange", "linspace", "logspace", "range", "upsample", "_upsample", "histc")
 """Ops whose scalars decide a shape or dtype: for these they are part of the key."""
 
 _MAX_KEYS = 4096
@@ -72,11 +72,13 @@ class Op:
         scalars: list[Any] = []
         for value, kind in zip(args, self.kinds, strict=False):
             if isinstance(value, Tensor):
-                memory = memory_of(value)
-                if memory is None:
-                    self._foreign(value, key, inputs, scalars)
+                try:
+                    node = storage_of(value).genie  # type: ignore[attr-defined]
+                except (AttributeError, RuntimeError):     # not of the device, or without a storage
+                    self._foreign(value, key, inputs)
                     continue
-                node = memory.node if memory.plain else read(value, memory)
+                if type(node) is not Node:
+                    node = node.node if node.plain else read(value, node)
                 inputs.append(node)
                 key.append(node.layout)
             else:
@@ -91,15 +93,17 @@ class Op:
             inputs.append(value)
             key.append(value.layout)
         elif isinstance(value, Tensor):
-            memory = memory_of(value)
-            if memory is None:
-                self._foreign(value, key, inputs, scalars)
+            try:
+                node = storage_of(value).genie  # type: ignore[attr-defined]
+            except (AttributeError, RuntimeError):
+                self._foreign(value, key, inputs)
                 return
-            node = memory.node if memory.plain else read(value, memory)
+            if type(node) is not Node:
+                node = node.node if node.plain else read(value, node)
             inputs.append(node)
             key.append(node.layout)
-        elif kind is SCALAR and type(value) in (int, float):
-            key.append(type(value))
+        elif (kind is SCALAR or kind is TENSOR) and type(value) in (int, float):
+            key.append(type(value))           # a tensor argument that stands for a number comes as the number
             scalars.append(value)
         elif isinstance(value, list | tuple):
             key.append(len(value))
@@ -113,13 +117,10 @@ class Op:
         else:
             key.append((type(value), repr(value) if type(value) in (float, complex) else value))
 
-    def _foreign(self, value: Tensor, key: list[Any], inputs: list[Node], scalars: list[Any]) -> None:
-        found = foreign.admit(value, self.target, indices=self.cpu_indices)
-        if isinstance(found, Node):
-            inputs.append(found)
-            key.append(found.layout)
-        else:
-            self._take(found, SCALAR, key, inputs, scalars)
+    def _foreign(self, value: Tensor, key: list[Any], inputs: list[Node]) -> None:
+        node = foreign.admit(value, self.target, indices=self.cpu_indices)
+        inputs.append(node)
+        key.append(node.layout)
 
     def call(self, key: tuple[Any, ...], args: Sequence[Any], kwargs: dict[str, Any], inputs: Sequence[Node]) -> Call:
         """The Call of a key. Raises: what eager raises for such arguments; DataDependentError."""
@@ -174,15 +175,13 @@ class Tree:
 
     def add(self, value: Any, kind: str) -> Any:
         if type(value) is Node or isinstance(value, Tensor):
-            if isinstance(value, Tensor) and (number := foreign.as_number(value)) is not None:
-                return self.add(number, SCALAR)
             own = next(self._layouts)
             assert own is not None
             self.metas.append(meta_of(own))
             return Slot("t", len(self.metas) - 1)
         if isinstance(value, list | tuple):
             return [self.add(item, kind) for item in value]
-        if kind is SCALAR and type(value) in (int, float):
+        if (kind is SCALAR or kind is TENSOR) and type(value) in (int, float):
             self.scalars.append(value)
             return Slot("s", len(self.scalars) - 1)
         if kind is NUMBER and type(value) is int:

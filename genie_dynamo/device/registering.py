@@ -8,7 +8,7 @@ from torch._ops import OpOverload
 
 from genie_dynamo.core.allowlist import denial
 from genie_dynamo.device.kernels import functional, mutation, view
-from genie_dynamo.device.special import SPECIAL, attention, inplace_view
+from genie_dynamo.device.special import COMPOSED, SPECIAL, inplace_view
 
 _LEFT_TO_TORCH = frozenset({
     # These make an alias with the same layout: C++ does it, and nothing is to be recorded.
@@ -28,8 +28,9 @@ def register_kernels() -> list[Any]:
             kernel = _kernel_of(qualified)
             if kernel is not None:
                 library.impl(qualified.removeprefix("aten::"), kernel, "PrivateUse1")
-    library.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")
-    library.impl("scaled_dot_product_attention", attention, "PrivateUse1")
+    for name, composed in COMPOSED.items():
+        library.impl(name, composed, "AutogradPrivateUse1")
+        library.impl(name, composed, "PrivateUse1")
     own: Any = torch.library.Library("genie", "IMPL")  # type: ignore[no-untyped-call]
     for name in ("sdpa", "sdpa_bw"):
         own.impl(name, functional(getattr(torch.ops.genie, name).default), "PrivateUse1")
@@ -40,7 +41,7 @@ def _kernel_of(qualified: str) -> Any:
     special = SPECIAL.get(qualified)
     if special is not None:
         return special
-    if qualified in _LEFT_TO_TORCH or torch._C._dispatch_has_kernel_for_dispatch_key(
+    if qualified in _LEFT_TO_TORCH or qualified.removeprefix("aten::") in COMPOSED or torch._C._dispatch_has_kernel_for_dispatch_key(
             qualified, "CompositeImplicitAutograd"):
         return None
     name, _, overload = qualified.removeprefix("aten::").partition(".")

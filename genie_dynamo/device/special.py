@@ -11,9 +11,9 @@ from torch._C import DispatchKey
 from genie_dynamo.device import engine as engines
 from genie_dynamo.device.foreign import NAME
 from genie_dynamo.device.kernels import functional, outputs_of, resize
-from genie_dynamo.device.memory import alias_of, lazy_bits, memory_of, new_tensor, new_view, read, storage_of, write
+from genie_dynamo.device.memory import alias_of, is_ours, lazy_bits, memory_of, new_tensor, node_of, write
 from genie_dynamo.device.nodes import Node, layout_of
-from genie_dynamo.device.record import Tree, infer, op, record
+from genie_dynamo.device.record import Tree, infer, op
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -22,9 +22,7 @@ engine = engines.current
 
 def value_of(tensor: Tensor) -> Tensor:
     """The tensor's content on the CPU: what is recorded runs as far as it is needed."""
-    memory = memory_of(tensor)
-    assert memory is not None
-    node = read(tensor, memory)
+    node = node_of(tensor)
     value = engine.run((node,))[0]
     assert node.layout is not None
     return value if value.stride() == node.layout.stride else _strided_like(value, node)
@@ -44,22 +42,15 @@ def local_scalar_dense(self: Tensor) -> Any:
 
 def copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     """Between devices a move of the present content; on the device a write."""
-    here = memory_of(self)
-    if here is None:
+    if not is_ours(self):
         if self.device.type != "cpu":
             raise RuntimeError(f"copies between {NAME} and {self.device} go through the cpu: use .cpu() first")
         return self.copy_(value_of(src))
-    if memory_of(src) is not None:
-        own, other = here.node.layout, read(src, memory_of(src))  # type: ignore[arg-type]
+    if is_ours(src):
         if src.shape != self.shape:
             infer(aten.copy_.default, [torch.empty(self.shape, device="meta"), torch.empty(src.shape, device="meta")],
                   {})
-        if here.plain and own is other.layout:
-            # A value is never changed, so both may hold it; but clone keeps dead strides from being shared.
-            here.put(other)
-        else:
-            write(self, other)
-        engine.pending += 1
+        write(self, node_of(src))         # a value is never changed, so both may hold it
         return self
     if src.device.type == "meta":
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
@@ -69,17 +60,13 @@ def copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     if plain.layout is not torch.strided:
         raise RuntimeError(f"only strided tensors go to {NAME}, this one has layout {plain.layout}")
     torch.broadcast_shapes(plain.shape, self.shape)  # type: ignore[no-untyped-call]
-    node = engine.upload(plain)
-    if here.plain and node.layout is here.node.layout:
-        here.put(node)
-    else:
-        write(self, node)
+    write(self, engine.upload(plain))
     return self
 
 
 def to_copy(self: Tensor, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,
             non_blocking: bool = False, memory_format: Any = None) -> Tensor:
-    if memory_of(self) is None:
+    if not is_ours(self):
         plain = self.detach().to(dtype=dtype or self.dtype, memory_format=memory_format or torch.preserve_format)
         return _sent(plain)
     if device is not None and device.type != NAME:
@@ -93,7 +80,6 @@ def to_copy(self: Tensor, *, dtype: Any = None, layout: Any = None, device: Any 
     key, inputs, scalars = op(aten._to_copy.default).gather((self,), {k: v for k, v in kwargs.items() if v is not None})
     own = op(aten._to_copy.default)
     call = own.calls.get(key) or own.call(key, (self,), {k: v for k, v in kwargs.items() if v is not None}, inputs)
-    engine.pending += 1
     return outputs_of(own, call, inputs, scalars)  # type: ignore[no-any-return]
 
 
@@ -227,6 +213,35 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     return out
 
 
+def lstm_cell(input_gates: Tensor, hidden_gates: Tensor, cx: Tensor, input_bias: Tensor | None = None,
+              hidden_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What torch has fused kernels for on accelerators only, of ops that every worker has."""
+    gates = _biased(input_gates, input_bias) + _biased(hidden_gates, hidden_bias)
+    entry, forget, cell, out = gates.chunk(4, 1)
+    cy = forget.sigmoid() * cx + entry.sigmoid() * cell.tanh()
+    return out.sigmoid() * cy.tanh(), cy, gates
+
+
+def gru_cell(input_gates: Tensor, hidden_gates: Tensor, hx: Tensor, input_bias: Tensor | None = None,
+             hidden_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As lstm_cell."""
+    reset_in, update_in, new_in = _biased(input_gates, input_bias).chunk(3, 1)
+    reset, update, new = _biased(hidden_gates, hidden_bias).chunk(3, 1)
+    candidate = (new_in + (reset_in + reset).sigmoid() * new).tanh()
+    return (hx - candidate) * (update_in + update).sigmoid() + candidate, candidate
+
+
+def _biased(gates: Tensor, bias: Tensor | None) -> Tensor:
+    return gates if bias is None else gates + bias
+
+
+COMPOSED: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": attention,
+    "_thnn_fused_lstm_cell": lstm_cell,
+    "_thnn_fused_gru_cell": gru_cell,
+}
+"""Ops that the device makes of others, with autograd looking at those."""
+
 SPECIAL: dict[str, Callable[..., Any]] = {
     "aten::_local_scalar_dense": local_scalar_dense,
     "aten::copy_": copy_,
@@ -248,4 +263,4 @@ SPECIAL: dict[str, Callable[..., Any]] = {
     "aten::_fused_sdp_choice": fused_sdp_choice,
 }
 
-__all__ = ["SPECIAL", "attention", "inplace_view", "new_tensor", "new_view", "record", "storage_of", "value_of"]
+__all__ = ["COMPOSED", "SPECIAL", "inplace_view", "value_of"]
