@@ -217,14 +217,22 @@ class DriverLevel(TorchDispatchMode):
                 return tensor
 
     def _receive(self) -> tuple[Any, Sequence[Any]]:
-        """The next answer; seconds here are those that the client waits. Raises: what the worker reports."""
+        """The next answer; seconds here are those that the client waits.
+
+        Raises: what the worker reports; by then the answers to everything that was under way have been read.
+        """
         started_s = time.perf_counter()
         answer, frames, header_bytes = self._connection.receive(time.monotonic() + TIMEOUT_S)
         self.counters["wait_s"] += time.perf_counter() - started_s  # type: ignore[assignment]
+        self.counters["down.control"] += header_bytes
         if isinstance(answer, m.Failure):
+            self._open.remove(answer.request)
+            while self._open:
+                later, _, _ = self._connection.receive(time.monotonic() + TIMEOUT_S)
+                if isinstance(later, m.Result | m.Failure):
+                    self._open.remove(later.request)
             raise to_error(answer, self.link.address)
         assert isinstance(answer, m.Result | m.Partial)
-        self.counters["down.control"] += header_bytes
         if isinstance(answer, m.Result):
             self._open.remove(answer.request)
             self.counters["compute_s"] += answer.compute_s  # type: ignore[assignment]
