@@ -215,7 +215,7 @@ class Config:
     microbatches: int = field(default=1, metadata=_per_compile(
         _integer(1, 4096), "parts that a batch is cut into, so that they follow each other through workers"))
     require_lane: str | None = field(default=None, metadata=_per_compile(
-        _not_yet(_optional(_choice("zmq", "tcp", "shm", "dpdk")), None, "zmq"),
+        _optional(_choice("zmq", "stream", "tcp", "shm", "dpdk")),
         "refuse to run when payload would use another lane"))
     qos: str | None = field(default=None, metadata=_per_compile(
         _not_yet(_optional(_choice("realtime", "interactive", "batch")), None),

@@ -50,6 +50,7 @@ class Welcome(NamedTuple):
     heartbeat_address: str
     stream_address: str     # where the worker takes runs over a stream (runtime/lanes/stream.py); empty: nowhere
     connection: bytes       # how the worker names this connection
+    lanes: tuple[Any, ...]  # native lanes it offers, best first: (name, version, address)
     facts: dict[str, Any]   # device, threads, torch version, pid, memory
 
 
@@ -92,7 +93,7 @@ class Run(NamedTuple):
     call_id: int
     arguments: tuple[Any, ...]               # aligned with program.inputs
     keeps: tuple[tuple[int, int], ...]       # (tensor id, epoch) for program.keeps, in order; empty: return them
-    incoming: tuple[tuple[int, int], ...]    # (tensor id, epoch) that a Put on its way will bring
+    incoming: tuple[tuple[int, int], ...]    # (tensor id, epoch) that a Put or a Run before this one brings
     frees: tuple[tuple[int, int], ...]       # (tensor id, epoch) no longer needed
     template: int = 0
     """Resident arguments need not be said in every call. n > 0: remember this call's as template n of the program;
@@ -230,7 +231,7 @@ _FIELD_TYPES: dict[str, Any] = {
     "digest": (bytes, type(None)), "program_id": int, "call_id": int, "arguments": tuple, "keeps": tuple,
     "incoming": tuple, "frees": tuple, "values": tuple, "kept": tuple, "compute_s": _NUMBER, "queue_s": _NUMBER,
     "resident_bytes": int, "kind": str, "message": str, "value_id": int, "tensors": tuple, "value": object,
-    "info": object, "template": int, "fresh": bool, "address": str, "key": str, "size_bytes": int,
+    "info": object, "template": int, "lanes": tuple, "fresh": bool, "address": str, "key": str, "size_bytes": int,
     "state": tuple, "evicted": tuple,
 }
 _CHECKS: tuple[tuple[Any, ...], ...] = tuple(tuple(_FIELD_TYPES[f] for f in cls._fields) for cls in _TYPES)

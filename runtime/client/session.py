@@ -196,21 +196,36 @@ class Session:
 
     def stats(self) -> dict[str, Any]:
         """The session's counters, with each worker's memory and incarnation."""
+        links = list(self.links)
+        said = [self._ask_stats(link) for link in links]
         snapshot = self.telemetry.snapshot()
         snapshot["resident"] = self.residency.summary()
-        for link in list(self.links):
+        for link, info in zip(links, said, strict=True):
             row = snapshot["workers"].setdefault(link.name, _empty_row())
-            row.update(address=link.address, incarnation=link.incarnation, lost=link.lost or None)
-            if link.lost or self.closed:
-                continue
-            try:
-                answer = link.ask(m.Stats, 5.0)
-            except GenieError as error:
-                row["error"] = str(error)
-                continue
-            info = answer.info if isinstance(answer, m.Done) else {}
+            row.update(address=link.address, incarnation=link.incarnation, lost=link.lost or None,
+                       lane=link.lane_facts())
             row.update({key: value for key, value in info.items() if key != "incarnation"})
         return snapshot
+
+    def reset_stats(self) -> None:
+        """Set the counters to zero; what workers have pushed to each other until now counts as before."""
+        for link in list(self.links):
+            self._ask_stats(link)
+        self.telemetry.reset()
+
+    def _ask_stats(self, link: WorkerLink) -> dict[str, Any]:
+        """What a worker says about itself and this session; `{"error": ...}` where it does not, nothing once closed."""
+        if link.lost or self.closed:
+            return {}
+        try:
+            answer = link.ask(m.Stats, 5.0)
+        except GenieError as error:
+            return {"error": str(error)}
+        info = dict(answer.info) if isinstance(answer, m.Done) else {}
+        pushed_bytes = info.get("pushed_bytes")
+        if isinstance(pushed_bytes, int):
+            self.telemetry.pushed(link.name, link.key, pushed_bytes)
+        return info
 
     # -- end --------------------------------------------------------------------------------------------------
 
@@ -271,6 +286,7 @@ class Session:
             security=self._security, token=self.token,
             lease_s=0.0 if embedded is not None else self.config.session_lease_s,
             timeout_s=timeout_s or self.config.connect_timeout_s, why_lost=self._why_lost,
+            require_lane=self.config.require_lane,
             # The end of an embedded worker is seen at once, that of another by its heartbeat.
             grace_s=STREAM_GRACE_S if embedded is not None else (
                 self.config.heartbeat_timeout_s + 2 * self.config.heartbeat_interval_s))
