@@ -19,10 +19,11 @@ from genie_dynamo.core.errors import WorkerMemoryError
 from genie_dynamo.core.fragment import decode
 from genie_dynamo.core.program import FragmentProgram, WorkerProgram
 from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
+from genie_dynamo.runtime.lanes import native
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.worker.compiled import RUNS, CompiledFragment
+from genie_dynamo.runtime.worker.records import RunRecord
 from genie_dynamo.runtime.worker.rng import Generator
-from genie_dynamo.runtime.worker.state import RunRecord
 
 STREAM_BYTES = 256 << 10
 """Outputs from this size on leave as soon as they are final, while the run goes on."""
@@ -78,7 +79,7 @@ class LoadedProgram:
         self.fragments = fragments
         self.return_index = {value: index for index, value in enumerate(program.returns)}
         shared = {value for group in program.aliases for value in group} | {value for value, _ in program.input_views}
-        self.leaves_early = {value for value, _, _ in program.sends} | (set(program.returns) - shared)
+        self.leaves_early = {send[0] for send in program.sends} | (set(program.returns) - shared)
         self.small = _small(program, fragments)
 
 
@@ -103,7 +104,7 @@ def _small(program: WorkerProgram, fragments: Sequence[LoadedFragment]) -> Small
 
 
 class Engine:
-    """The worker's toolbox (see state.Toolbox) and its executor."""
+    """The worker's toolbox (see worker/toolbox.py) and its executor."""
 
     def __init__(self, *, device: torch.device, num_threads: int, namespaces: frozenset[str] = frozenset(),
                  wake: Callable[[], None] = lambda: None) -> None:
@@ -120,8 +121,12 @@ class Engine:
         return self.lane.land(wire, frames, self.device)
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor in memory that kernels like: what is used many times is worth one copy."""
-        return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
+        """The tensor in memory of this worker, aligned as kernels like it: for what is kept, or written to."""
+        return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES or native.is_foreign(tensor) else tensor
+
+    def _writable(self, inputs: list[Any]) -> list[Any]:
+        """What a graph that may write to its inputs gets instead of a client's pages."""
+        return [self.own(x) if isinstance(x, torch.Tensor) and native.is_foreign(x) else x for x in inputs]
 
     def stage(self, value: Any, frames: list[Any]) -> Any:
         if isinstance(value, torch.Tensor):
@@ -146,6 +151,9 @@ class Engine:
 
     def size_bytes(self, tensor: Any) -> int:
         return tensor.untyped_storage().nbytes() if isinstance(tensor, torch.Tensor) else 0
+
+    def view(self, tensor: torch.Tensor, view: Any) -> torch.Tensor:
+        return tensors.view_within(tensor, view)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -175,7 +183,8 @@ class Engine:
         assert small is not None
         started = time.perf_counter()
         try:
-            outputs = small.plan.run([env[v] for v in small.inputs])
+            inputs = [env[v] for v in small.inputs]
+            outputs = small.plan.run(self._writable(inputs) if small.plan.may_write else inputs)
         except (MemoryError, RuntimeError) as error:
             if _is_out_of_memory(error):
                 raise _out_of_memory(error, resident_bytes) from error
@@ -229,8 +238,10 @@ class Engine:
             if status is not None:
                 return status
         if part.flat is None:
+            self._own_inputs(part, env)
             part.flat = part.fragment.plan.start([env.get(value, MISSING) for value in program.inputs])
         else:
+            self._own_inputs(part, env)
             _supply(part.flat, program, env)
         on_output = self._on_output(run, program, emit)
         with part.generator or nullcontext():
@@ -244,6 +255,13 @@ class Engine:
             if compiled is not None:
                 compiled.flat_took(part.flat.busy_s)
         return status
+
+    def _own_inputs(self, part: FragmentRun, env: dict[int, Any]) -> None:
+        if part.fragment.plan.may_write:
+            for value_id in part.fragment.program.inputs:
+                value = env.get(value_id)
+                if isinstance(value, torch.Tensor) and native.is_foreign(value):
+                    env[value_id] = self.own(value)
 
     def _run_compiled(self, run: RunRecord, part: FragmentRun, emit: Emit) -> RunStatus | None:
         """Run Inductor's code where it is there and wanted; None where the flat plan should run."""
@@ -259,6 +277,8 @@ class Engine:
             if compiled.refusal:
                 self._refused[str(program.fragment_id)] = compiled.refusal
             return None
+        if part.fragment.plan.may_write:
+            inputs = self._writable(inputs)
         with part.generator or nullcontext():
             outputs = compiled.run(inputs)
         self._publish_rng(run, part, emit)
@@ -290,14 +310,20 @@ class Engine:
             if rng[1] in run.loaded.leaves_early:
                 emit(run, rng[1], state)
 
-    def results(self, run: RunRecord, sent: set[int]) -> tuple[tuple[tuple[int, Any], ...], tuple[Any, ...]]:
-        """`((return index, value) not sent yet, kept values)` of a run that is done."""
+    def _kept(self, value: Any) -> Any:
+        """What stays here must not lie in a client's pages."""
+        return self.own(value) if isinstance(value, torch.Tensor) and native.is_foreign(value) else value
+
+    def results(self, run: RunRecord,
+                sent: set[int]) -> tuple[tuple[tuple[int, Any], ...], tuple[Any, ...], tuple[Any, ...]]:
+        """`((return index, value) not sent yet, kept values, values of program.state)` of a run that is done."""
         program, env = run.program, run.env
-        kept = tuple([env[v] for v in program.keeps])
+        kept = tuple([self._kept(env[v]) for v in program.keeps])
+        state = tuple([self._kept(env[v]) for v in program.state]) if run.message.state else ()
         if program.aliases or program.input_views:
             _share(run)
         values = tuple([(i, env[v]) for i, v in enumerate(program.returns) if v not in sent])
-        return values, kept
+        return values, kept, state
 
 
 def _share(run: RunRecord) -> None:

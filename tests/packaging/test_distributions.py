@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("genie.py", "genie_dynamo", "passes", "runtime", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("genie.py", "genie_dynamo", "passes", "runtime", "native", "pyproject.toml", "README.md", "LICENSE")
 pytestmark = pytest.mark.heavy
 
 
@@ -27,8 +27,8 @@ def source_files() -> set[str]:
             for path in folder.rglob(kind)} | {"genie.py"}
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def run(*command: str | Path, cwd: Path, **variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=280,
                           check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -56,14 +56,16 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {name for name in names if ".dist-info/" not in name}
-    assert modules == source_files()
+    extensions = {name for name in modules if name.endswith(".so")}
+    assert {name.split(".")[0] for name in extensions} == {"genie_dynamo/_native"}
+    assert modules - extensions == source_files()
     for expected in ("genie.py", "genie_dynamo/cli/main.py", "genie_dynamo/passes/__init__.py",
                      "genie_dynamo/runtime/worker/__main__.py"):
         assert expected in modules
 
 
-def test_the_wheel_is_pure_and_names_its_entry_points_and_licence(wheel: Path) -> None:
-    assert wheel.name.endswith("-py3-none-any.whl")
+def test_the_wheel_names_its_platform_its_entry_points_and_its_licence(wheel: Path) -> None:
+    assert "-none-any" not in wheel.name
     archive = zipfile.ZipFile(wheel)
     info = next(name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
     text = archive.read(info).decode()
@@ -98,7 +100,34 @@ def test_the_installed_wheel_imports_from_its_own_place(wheel: Path, tmp_path: P
         "assert genie is genie_dynamo\n"
         "names = [name for name in sys.modules if name.split('.')[0] in ('genie', 'genie_dynamo')]\n"
         "print('\\n'.join(sys.modules[name].__file__ for name in names))\n")
+    program = program.replace("import genie, genie_dynamo\n", "import genie, genie_dynamo, genie_dynamo._native\n")
     files = run("-S", "-c", program, cwd=tmp_path).split()
     assert len(files) > 10
     assert all(file.startswith(str(target)) for file in files)
     assert (target / "bin" / "genie").exists()
+
+
+def failing_cmake(folder: Path) -> Path:
+    """A CMake that says its version and then fails, as one does that finds no compiler."""
+    cmake = folder / "cmake"
+    cmake.write_text("#!/bin/sh\ncase \"$*\" in *capabilities*) echo '{\"version\": {\"string\": \"3.25.1\"}}' ;; "
+                     "*version*) echo cmake version 3.25.1 ;; *) echo no compiler here >&2; exit 1 ;; esac\n")
+    cmake.chmod(0o755)
+    return cmake
+
+
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+def test_without_a_compiler_the_package_is_pure_and_says_why(hook: str, tmp_path: Path) -> None:
+    program = ("import sys\nsys.path.insert(0, 'native')\nimport genie_build\n"
+               f"print(genie_build.{hook}(sys.argv[1], {{'build-dir': sys.argv[2]}}))")
+    command = [sys.executable, "-c", program, str(tmp_path), str(tmp_path / "build")]
+    environment = os.environ | {"CMAKE_EXECUTABLE": str(failing_cmake(tmp_path)), "GENIE_REQUIRE_NATIVE": ""}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "native extension is left out" in done.stderr
+    assert done.stdout.split()[-1].endswith("-py3-none-any.whl")
+    found, = tmp_path.glob("*.whl")
+    assert not [name for name in zipfile.ZipFile(found).namelist() if name.endswith(".so")]
+    required = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+                              env=environment | {"GENIE_REQUIRE_NATIVE": "1"})
+    assert required.returncode != 0

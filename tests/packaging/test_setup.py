@@ -32,7 +32,8 @@ def program(path: Path, text: str) -> Path:
 
 
 def setup(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["tools/setup.sh"], cwd=checkout, env=os.environ | environment, capture_output=True,
+    return subprocess.run(["tools/setup.sh"], cwd=checkout, env=os.environ | {"GENIE_SYSTEM": "0"} | environment,
+                          capture_output=True,
                           text=True, timeout=120, check=False)
 
 
@@ -132,12 +133,37 @@ def test_a_failed_installation_is_not_taken_for_done(checkout: Path, recorded: P
     assert not (checkout / ".venv" / ".setup-stamp").exists()
 
 
-@pytest.mark.heavy
 def test_system_wide_changes_are_announced(checkout: Path, recorded: Path) -> None:
-    python = str(checkout / "bin" / "python3")
-    assert "no system-wide changes are needed" in setup(checkout, PYTHON=python).stdout
+    """dpkg-query, apt-get and id are stand-ins: nothing is installed here."""
+    tools, asked = checkout / "tools-of-the-system", checkout / "apt.txt"
+    program(tools / "dpkg-query", '#!/bin/sh\n[ "$3" = libdpdk-dev ] || echo "install ok installed"\n')
+    program(tools / "apt-get", f'#!/bin/sh\necho "$*" >>{asked}\n')
+    program(tools / "id", "#!/bin/sh\necho 0\n")
+    environment = {"PYTHON": str(checkout / "bin" / "python3"), "PATH": f"{tools}:{os.environ['PATH']}"}
+    off = setup(checkout, **environment, GENIE_SYSTEM="0")
+    assert "GENIE_SYSTEM=0" in off.stdout
+    assert "libdpdk-dev" in off.stdout
+    assert not asked.exists()
     shutil.rmtree(checkout / ".venv")
-    assert "GENIE_SYSTEM=0" in setup(checkout, PYTHON=python, GENIE_SYSTEM="0").stdout
+    on = setup(checkout, **environment, GENIE_SYSTEM="1")
+    assert "apt-get install libdpdk-dev" in on.stdout
+    assert asked.read_text().split()[-1] == "libdpdk-dev"
+    shutil.rmtree(checkout / ".venv")
+    program(tools / "dpkg-query", '#!/bin/sh\necho "install ok installed"\n')
+    assert "no system-wide changes are needed" in setup(checkout, **environment, GENIE_SYSTEM="1").stdout
+
+
+@pytest.mark.heavy
+def test_a_changed_source_of_the_extension_is_built(checkout: Path, recorded: Path) -> None:
+    python = str(checkout / "bin" / "python3")
+    (checkout / "native").mkdir()
+    (checkout / "native" / "one.cc").write_text("int one;\n")
+    assert setup(checkout, PYTHON=python, GENIE_SYSTEM="0").returncode == 0
+    before = len(recorded.read_text().splitlines())
+    assert setup(checkout, PYTHON=python, GENIE_SYSTEM="0").stdout == ""
+    (checkout / "native" / "one.cc").write_text("int two;\n")
+    assert setup(checkout, PYTHON=python, GENIE_SYSTEM="0").returncode == 0
+    assert len(recorded.read_text().splitlines()) > before
 
 
 def test_the_makefile_has_the_targets_and_lists_them() -> None:
