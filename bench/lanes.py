@@ -105,7 +105,8 @@ def run(settings: Settings) -> Iterator[Case]:
 
 def _echoes(settings: Settings) -> Case:
     sides = [_side("pyzmq", "pyzmq ipc", transport="ipc"), _side("echo", "shm", kind="shm", spin_s=0.0),
-             _side("echo", "shm, busy polling", kind="shm", spin_s=SPIN_S), _side("echo", "tcp", kind="tcp", spin_s=0.0)]
+             _side("echo", "shm, busy polling", kind="shm", spin_s=SPIN_S),
+             _side("echo", "tcp", kind="tcp", spin_s=0.0)]
     seen = measure(settings, sides, blocks=1 if settings.quick else 4, samples=200, settle=20)
     ratios = [seen.ratio(side.label, "pyzmq ipc") for side in sides[1:]]
     return Case(bench="lanes", title="1 KB there and back", threads=1, pinned=False, series=seen.series,

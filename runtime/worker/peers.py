@@ -54,7 +54,7 @@ class _Way:
 class Peers:
     """Sends to other workers. Everything but the opening of lanes happens in the worker's loop.
 
-    Args: connect: opens a ZeroMQ socket to `(address, key)`.  wake: called from the opening thread once a lane is there.
+    Args: connect: opens a ZeroMQ socket to `(address, key)`.  wake: called from other threads when a lane is there.
     """
 
     def __init__(self, connect: Callable[[str, str], zmq.Socket[bytes]], poller: select.epoll,
