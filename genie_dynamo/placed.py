@@ -115,13 +115,14 @@ class PlacedGraph:
 
         Raises: PlacementError, CostError.
         """
+        limits = Limits(time_limit_s=TIME_LIMIT_S, latency_bound_s=self._config.latency_bound_s)
         with no_long_pauses(TIME_LIMIT_S):
             if self.parts.split is not None:
                 return pipeline_partition(self.gm, self.facts, self.parts.split, facts.workers, facts.lanes,
-                                          self._config.policy, Planner(time.monotonic), Limits(
-                                              time_limit_s=TIME_LIMIT_S))
+                                          self._config.policy, Planner(time.monotonic), limits,
+                                          aware=self._config.awareness == "full")
             return partition(self.gm, self.facts, facts.workers, facts.lanes, self._config.policy,
-                             Planner(time.monotonic), Limits(time_limit_s=TIME_LIMIT_S),
+                             Planner(time.monotonic), limits, aware=self._config.awareness == "full",
                              symbol_values=self.symbol_values)
 
     def _place(self, session: Session, args: Sequence[Any]) -> None:
@@ -147,7 +148,8 @@ class PlacedGraph:
             log.info("%s cannot be priced or cut, and stays on one worker: %s", self.label, error)
             self._make_whole()
         except PlacementError as error:
-            log.warning("%s does not fit the workers by estimate, and runs whole on one: %s", self.label, error)
+            log.warning("%s has no placement under %s by estimate, and runs whole on one worker: %s", self.label,
+                        self._config.policy, error)
             self._make_whole()
 
     def _settle(self, found: Partition) -> None:

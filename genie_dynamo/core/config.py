@@ -191,8 +191,10 @@ class Config:
     """Every option. Make one with `Config.build(...)`; a direct construction is checked too."""
 
     policy: Policy = field(default="min_latency", metadata=_per_compile(
-        _not_yet(_choice("min_latency", "max_throughput", "min_cost"), "min_latency", "max_throughput"),
-        "what placement minimises"))
+        _choice("min_latency", "max_throughput", "min_cost"), "what placement minimises; min_cost needs prices in "
+        "cluster.yaml"))
+    latency_bound_s: float | None = field(default=None, metadata=_per_compile(
+        _optional(_number(0, 1e6, above=True)), "min_cost: the longest estimate that a graph's call may have"))
     awareness: Awareness = field(default="full", metadata=_per_compile(
         _choice("full", "weights", "blind"),
         "what stays on workers: full (weights, and caches and other state), weights, blind (nothing)"))
@@ -252,6 +254,9 @@ class Config:
                 f"heartbeat_timeout_s={self.heartbeat_timeout_s:g} leaves no room for a lost heartbeat at "
                 f"heartbeat_interval_s={self.heartbeat_interval_s:g}; make it at least twice the interval",
                 option="heartbeat_timeout_s")
+        if self.latency_bound_s is not None and self.policy != "min_cost":
+            raise ConfigError(f"latency_bound_s={self.latency_bound_s:g} bounds min_cost; policy={self.policy!r} has no "
+                              "use for it", option="latency_bound_s")
         if self.workers is not None and self.cluster is not None:
             raise ConfigError(
                 f"both workers={self.workers!r} and cluster={self.cluster!r} are given; keep one of them",

@@ -93,7 +93,7 @@ class Run(NamedTuple):
     call_id: int
     arguments: tuple[Any, ...]               # aligned with program.inputs
     keeps: tuple[tuple[int, int], ...]       # (tensor id, epoch) for program.keeps, in order; empty: return them
-    incoming: tuple[tuple[int, int], ...]    # (tensor id, epoch) that a Put on its way will bring
+    incoming: tuple[tuple[int, int], ...]    # (tensor id, epoch) that a Put or a Run before this one brings
     frees: tuple[tuple[int, int], ...]       # (tensor id, epoch) no longer needed
     template: int = 0
     """Resident arguments need not be said in every call. n > 0: remember this call's as template n of the program;

@@ -59,6 +59,7 @@ class Session:
         self._housekeeper: threading.Thread | None = None
         self.residency = Residency(config.fingerprint_samples, self._queue_free, self.next_id)
         self.monitor = HeartbeatMonitor(interval_s=config.heartbeat_interval_s, timeout_s=config.heartbeat_timeout_s)
+        self.prices = {worker.name: worker.price_per_hour for worker in remote if worker.price_per_hour is not None}
         self.links: list[WorkerLink] = []
         self._retired: list[WorkerLink] = []     # replaced, but activations of open graphs are still there
         try:

@@ -49,7 +49,7 @@ class Residents:
             if message.digest is not None:
                 self._remember(message.digest, tensor)
         except Exception as error:
-            return self._put_failed(session, event.connection, key, error)
+            return self.broke(session, key, error)
         return self._store(session, key, tensor)
 
     def _remember(self, digest: bytes, tensor: Any) -> None:
@@ -58,8 +58,8 @@ class Residents:
             raise ProtocolError(f"content arrived with sha256 {actual.hex()[:16]}, announced was {digest.hex()[:16]}")
         self._contents[digest] = tensor
 
-    def _put_failed(self, session: SessionRecord, connection: bytes, key: tuple[int, int],
-                    error: Exception) -> list[Command]:
+    def broke(self, session: SessionRecord, key: tuple[int, int], error: BaseException) -> list[Command]:
+        """A content will not come: the runs that wait for it fail, and those that ask later learn why."""
         wrapped = error if isinstance(error, GenieError) else RemoteExecutionError(str(error))
         session.broken[key] = wrapped
         failed = [run for runs in session.runs.values() for run in runs if key in run.pending]
@@ -72,11 +72,15 @@ class Residents:
         key = (message.tensor_id, message.epoch)
         if tensor is None:
             gone = StaleHandleError(f"content {message.digest.hex()[:16]} was freed before it could be adopted")
-            return self._put_failed(session, event.connection, key, gone)
+            return self.broke(session, key, gone)
         return self._store(session, key, tensor)
 
     def _store(self, session: SessionRecord, key: tuple[int, int], tensor: Any) -> list[Command]:
         self.keep(session, key, tensor)
+        return self.arrived(session, key, tensor)
+
+    def arrived(self, session: SessionRecord, key: tuple[int, int], tensor: Any) -> list[Command]:
+        """Hand a content to the runs that wait for it."""
         ready: list[Command] = []
         for runs in session.runs.values():
             for run in runs:

@@ -214,8 +214,14 @@ class Runs:
                 for key, _ in stays:
                     self.residents.discard(session, key)
                 run.abandoned = True
-                return [Reply(run.connection, failure(message.request, error))]
-        return [self._result(run, event)]
+                return [Reply(run.connection, failure(message.request, error)), *self._fail_followers(run, error)]
+        ready = [command for key, value in stays for command in self.residents.arrived(session, key, value)]
+        return [self._result(run, event), *ready]
+
+    def _fail_followers(self, run: RunRecord, error: BaseException) -> list[Command]:
+        """Runs that were sent before this one had ended may wait for what it was to keep: they fail with it."""
+        handles = [*run.message.keeps, *(key for key in run.message.state if key[1])]
+        return [command for key in handles for command in self.residents.broke(run.session, key, error)]
 
     @staticmethod
     def _remembered(run: RunRecord) -> frozenset[tuple[int, int]]:
@@ -242,8 +248,10 @@ class Runs:
         self._forget(event.run)
         if event.run.abandoned:
             return []
-        event.run.abandoned = True
-        return [Reply(event.run.connection, failure(event.run.message.request, event.error))]
+        run = event.run
+        run.abandoned = True
+        return [Reply(run.connection, failure(run.message.request, event.error)),
+                *self._fail_followers(run, event.error)]
 
     def _forget(self, run: RunRecord) -> None:
         runs = run.session.runs.get(run.message.call_id)
