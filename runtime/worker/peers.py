@@ -1,8 +1,9 @@
 """A worker's ways to other workers: ZeroMQ at once, and a native lane as soon as one is proven.
 
-A lane is opened and proven (an echo of a nonce, as negotiation.py does for clients) in a thread of its own: two workers
-that open lanes to each other at the same time must both go on answering. Until then, and after a lane has broken, pushes
-take ZeroMQ. Pushes that a broken lane may have lost are sent again: the receiver knows them by call and value.
+A lane is opened and proven (an echo of a nonce, as negotiation.py does for clients) in a thread of its own: two
+workers that open lanes to each other at the same time must both go on answering. Until then, and after a lane has
+broken, pushes take ZeroMQ. Pushes that a broken lane may have lost are sent again: the receiver knows them by call and
+value.
 """
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ class _Way:
 class Peers:
     """Sends to other workers. Everything but the opening of lanes happens in the worker's loop.
 
-    Args: connect: opens a ZeroMQ socket to `(address, key)`.  wake: called from the opening thread when a lane is there.
+    Args: connect: opens a ZeroMQ socket to `(address, key)`.  wake: called from other threads when a lane is there.
     """
 
     def __init__(self, connect: Callable[[str, str], zmq.Socket[bytes]], poller: select.epoll,
