@@ -20,6 +20,7 @@ template <typename T>
 }
 
 constexpr std::uint16_t kTicketMagic = 0x4B54;
+constexpr std::uint8_t kTicketDigest = 0x80;
 constexpr std::uint16_t kSackDuplicate = 1;
 constexpr std::uint16_t kHelloDigest = 1;
 constexpr std::uint64_t kMaxChunks = 0xFFFFFFFF;
@@ -108,7 +109,7 @@ ParseStatus parse_sack(std::span<const std::byte> bytes, Sack& sack) noexcept {
 void write_ticket(const Ticket& ticket, std::span<std::byte, kTicketBytes> out) noexcept {
   store(out, 0, kTicketMagic);
   store(out, 2, kVersion);
-  store(out, 3, ticket.priority);
+  store(out, 3, static_cast<std::uint8_t>((ticket.priority & ~kTicketDigest) | (ticket.digest ? kTicketDigest : 0)));
   store(out, 4, ticket.chunk_bytes);
   store(out, 8, ticket.size_bytes);
   store(out, 16, ticket.num_chunks());
@@ -121,7 +122,9 @@ ParseStatus parse_ticket(std::span<const std::byte> bytes, const TicketLimits& l
   if (bytes.size() != kTicketBytes) return ParseStatus::kBadLength;
   if (load<std::uint16_t>(bytes, 0) != kTicketMagic) return ParseStatus::kBadMagic;
   if (load<std::uint8_t>(bytes, 2) != kVersion) return ParseStatus::kBadVersion;
-  ticket.priority = load<std::uint8_t>(bytes, 3);
+  const auto priority = load<std::uint8_t>(bytes, 3);
+  ticket.priority = priority & static_cast<std::uint8_t>(~kTicketDigest);
+  ticket.digest = (priority & kTicketDigest) != 0;
   ticket.chunk_bytes = load<std::uint32_t>(bytes, 4);
   ticket.size_bytes = load<std::uint64_t>(bytes, 8);
   ticket.after = load<std::uint32_t>(bytes, 20);

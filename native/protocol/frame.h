@@ -131,7 +131,8 @@ struct Ticket {
   std::uint32_t after = 0;        // the transfer of this priority that was offered before it; 0: none
   std::uint64_t epoch = 0;        // of the handle behind it
   std::uint64_t tag = 0;          // what the application calls it
-  std::uint8_t priority = 0;      // 0 goes first
+  std::uint8_t priority = 0;      // 0 goes first; below 128
+  bool digest = false;            // chunks have one; without, they must not
 
   [[nodiscard]] std::uint32_t num_chunks() const noexcept {
     return chunk_bytes == 0 ? 0 : static_cast<std::uint32_t>((size_bytes + chunk_bytes - 1) / chunk_bytes);

@@ -94,7 +94,7 @@ void Receiver::on_data(Nanoseconds now, const ParsedFrame& frame) noexcept {
                header.chunk < transfer.total &&
                header.offset == std::uint64_t{header.chunk} * transfer.ticket.chunk_bytes &&
                header.payload_bytes == transfer.ticket.bytes_of(header.chunk) &&
-               ((header.flags & kFlagDigest) != 0 || !shared_.digest);
+               ((header.flags & kFlagDigest) != 0) == transfer.ticket.digest;
   const std::uint32_t chunk = header.chunk;
   if (!as_announced || (chunk >= transfer.cumulative && chunk - transfer.cumulative >= kWindowChunks)) {
     ++shared_.stats.bad_tickets;

@@ -26,6 +26,7 @@ TransferId Sender::post(Source source, const Ticket& ticket, Nanoseconds deadlin
   transfer.id = ++last_id_;
   transfer.ticket = ticket;
   transfer.ticket.size_bytes = source.size_bytes();
+  transfer.ticket.priority &= 0x7F;
   transfer.source = std::move(source);
   transfer.deadline = deadline;
   transfer.total = transfer.cumulative = transfer.next = transfer.num_lost = 0;
@@ -312,6 +313,7 @@ bool Sender::next_control(Nanoseconds now, Transfer& transfer, OutgoingFrame& fr
   } else {
     if (transfer.control_tries == 0) {
       transfer.ticket.chunk_bytes = shared_.chunk_bytes;
+      transfer.ticket.digest = transfer.ticket.digest || shared_.digest;
       transfer.ticket.after = std::exchange(last_offered_[transfer.ticket.priority], transfer.id);
     }
     transfer.total = transfer.ticket.num_chunks();
@@ -382,7 +384,7 @@ bool Sender::next_chunk(Nanoseconds now, Transfer& transfer, OutgoingFrame& fram
   frame.source = &transfer.source;
   frame.source_offset = header.offset;
   frame.payload_bytes = bytes;
-  if (shared_.digest) {
+  if (transfer.ticket.digest) {
     header.flags |= kFlagDigest;
     header.header_bytes = kHeaderBytes + kDigestBytes;
     Digest digest{header, transfer.ticket.epoch};

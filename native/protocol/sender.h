@@ -94,7 +94,7 @@ class Sender {
   std::vector<Transfer> slots_;
   std::vector<std::uint32_t> active_;  // slots, by priority, then age
   TransferId last_id_ = 0;
-  std::array<TransferId, 256> last_offered_{};  // by priority
+  std::array<TransferId, 128> last_offered_{};  // by priority
 
   std::vector<Transmission> transmissions_;  // ring
   std::uint64_t first_transmission_ = 0, num_transmissions_ = 0;
