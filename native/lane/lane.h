@@ -131,14 +131,18 @@ class Lane {
   // Move what can be moved now and report what happened; never sleeps. Returns how many things were reported.
   virtual std::size_t poll(Sink& sink) noexcept = 0;
 
-  // Before sleeping on wait_fd(): false if there is something to poll for already.
-  [[nodiscard]] virtual bool arm() noexcept = 0;
+  // Before sleeping on wait_fd(): false if there is something to poll for already. An end of a transfer wakes the
+  // sleeper only where `for_ends` asks for it: who waits for an answer is not to be woken twice.
+  [[nodiscard]] virtual bool arm(bool for_ends) noexcept = 0;
   // Readable, once armed, when poll() has something to do.
   [[nodiscard]] virtual int wait_fd() const noexcept = 0;
   // Make wait_fd() readable now. In any thread.
   virtual void wake() noexcept = 0;
   // When poll() must be called at the latest though nothing comes (deadlines, retransmissions).
   [[nodiscard]] virtual Deadline next_timer() const noexcept { return kNoDeadline; }
+
+  // Whether polling from another thread would move something on: half a message in or out, a queue that is not empty.
+  [[nodiscard]] virtual bool in_progress() const noexcept { return false; }
 
   // Ends a transfer in CANCELLED unless it has ended; what the peer has of it by then it may still get.
   [[nodiscard]] virtual bool cancel(std::uint64_t id) noexcept = 0;

@@ -19,7 +19,7 @@ from genie_dynamo.core.errors import WIRE_ERRORS, ProtocolError, RemoteExecution
 from genie_dynamo.core.wire import pack, unpack
 from genie_dynamo.runtime import calibration
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames, send_parts
-from genie_dynamo.runtime.worker.state import Measure, Reply, failure
+from genie_dynamo.runtime.worker.events import Measure, Reply, failure
 
 Steps = Generator[None, None, dict[str, Any]]
 

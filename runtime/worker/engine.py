@@ -21,8 +21,8 @@ from genie_dynamo.core.program import FragmentProgram, WorkerProgram
 from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.worker.compiled import RUNS, CompiledFragment
+from genie_dynamo.runtime.worker.records import RunRecord
 from genie_dynamo.runtime.worker.rng import Generator
-from genie_dynamo.runtime.worker.state import RunRecord
 
 STREAM_BYTES = 256 << 10
 """Outputs from this size on leave as soon as they are final, while the run goes on."""
@@ -103,7 +103,7 @@ def _small(program: WorkerProgram, fragments: Sequence[LoadedFragment]) -> Small
 
 
 class Engine:
-    """The worker's toolbox (see state.Toolbox) and its executor."""
+    """The worker's toolbox (see worker/toolbox.py) and its executor."""
 
     def __init__(self, *, device: torch.device, num_threads: int, namespaces: frozenset[str] = frozenset(),
                  wake: Callable[[], None] = lambda: None) -> None:

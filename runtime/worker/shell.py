@@ -25,7 +25,7 @@ from genie_dynamo.runtime.lanes import stream
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 from genie_dynamo.runtime.worker.background import Background
 from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine
-from genie_dynamo.runtime.worker.state import (
+from genie_dynamo.runtime.worker.events import (
     Abandon,
     Command,
     Execute,
@@ -35,11 +35,11 @@ from genie_dynamo.runtime.worker.state import (
     Measure,
     Received,
     Reply,
-    RunRecord,
     Tick,
-    WorkerState,
     failure,
 )
+from genie_dynamo.runtime.worker.records import RunRecord
+from genie_dynamo.runtime.worker.state import WorkerState
 from genie_dynamo.runtime.worker.streams import Streams
 
 log = logging.getLogger(__name__)

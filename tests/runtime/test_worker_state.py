@@ -8,7 +8,7 @@ import pytest
 
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.program import FragmentProgram, WorkerProgram
-from genie_dynamo.runtime.worker.state import (
+from genie_dynamo.runtime.worker.events import (
     Abandon,
     Command,
     Execute,
@@ -18,10 +18,10 @@ from genie_dynamo.runtime.worker.state import (
     Measure,
     Received,
     Reply,
-    RunRecord,
     Tick,
-    WorkerState,
 )
+from genie_dynamo.runtime.worker.records import RunRecord
+from genie_dynamo.runtime.worker.state import WorkerState
 
 TOKEN, OTHER = b"s" * 16, b"t" * 16
 

@@ -1,0 +1,60 @@
+"""What a worker remembers: its sessions, their resident tensors and templates, and the runs under way."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from genie_dynamo.core import messages as m
+from genie_dynamo.core.errors import GenieError
+from genie_dynamo.core.program import WorkerProgram
+
+
+@dataclass(slots=True, eq=False)
+class RunRecord:
+    """One Run message on its way through the worker."""
+
+    session: SessionRecord
+    connection: bytes
+    message: m.Run
+    program: WorkerProgram
+    loaded: Any
+    env: dict[int, Any]                                    # value id -> value, as far as known
+    pending: dict[tuple[int, int], list[int]]              # (tensor id, epoch) still to come -> value ids
+    awaited: set[int]                                      # value ids that peers still have to push
+    received_s: float
+    compute_s: float = 0.0
+    queue_s: float = 0.0
+    abandoned: bool = False
+    state: Any = None                                      # the engine's own
+
+    def arrived(self, value_id: int, value: Any) -> None:
+        self.env[value_id] = value
+        self.awaited.discard(value_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The resident arguments of a program's last calls, so that the next ones need not name them."""
+
+    number: int
+    env: dict[int, Any]                                    # value id -> tensor
+    keys: frozenset[tuple[int, int]]                       # (tensor id, epoch) of what env holds
+    others: tuple[int, ...]                                # value ids of the arguments that each call brings
+
+
+@dataclass(slots=True, eq=False)
+class SessionRecord:
+    """One client's life on this worker."""
+
+    token: bytes
+    lease_s: float
+    last_heard_s: float
+    connections: set[bytes] = field(default_factory=set)
+    programs: dict[int, tuple[WorkerProgram, Any, bool]] = field(default_factory=dict)   # the last: small
+    tensors: dict[tuple[int, int], Any] = field(default_factory=dict)
+    resident_bytes: int = 0
+    templates: dict[int, Template] = field(default_factory=dict)         # program id -> its remembered arguments
+    mailbox: dict[int, dict[int, Any]] = field(default_factory=dict)     # call id -> value id -> value
+    cancelled: dict[int, None] = field(default_factory=dict)             # call ids whose late pushes are dropped
+    runs: dict[int, list[RunRecord]] = field(default_factory=dict)       # call id -> runs
+    broken: dict[tuple[int, int], GenieError] = field(default_factory=dict)

@@ -1,0 +1,111 @@
+"""The resident tensors of a worker's sessions: put, adopted, kept, freed, fetched.
+
+A resident tensor is stored under (tensor id, epoch) and never changes.
+"""
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from genie_dynamo.core import messages as m
+from genie_dynamo.core.errors import GenieError, ProtocolError, RemoteExecutionError, StaleHandleError
+from genie_dynamo.runtime.worker.events import Abandon, Command, Execute, Failed, Received, Reply
+from genie_dynamo.runtime.worker.records import SessionRecord
+from genie_dynamo.runtime.worker.toolbox import Toolbox
+
+
+class Residents:
+    """Answers the messages that are about resident tensors.
+
+    Args: fail: what a run's failure leads to (Runs.failed).
+    """
+
+    def __init__(self, toolbox: Toolbox, incarnation: str, fail: Callable[[Failed], list[Command]]) -> None:
+        self._tools = toolbox
+        self._incarnation = incarnation
+        self._fail = fail
+        self._contents: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()
+
+    def have(self, session: SessionRecord, event: Received) -> list[Command]:
+        message: m.Have = event.message  # type: ignore[assignment]
+        known = tuple(type(d) is bytes and d in self._contents for d in message.digests)
+        return [Reply(event.connection, m.Done(message.request, known))]
+
+    def put(self, session: SessionRecord, event: Received) -> list[Command]:
+        message: m.Put = event.message  # type: ignore[assignment]
+        key = (message.tensor_id, message.epoch)
+        try:
+            tensor = self._tools.own(self._tools.land(message.tensor, event.frames))
+            if message.digest is not None:
+                self._remember(message.digest, tensor)
+        except Exception as error:
+            return self._put_failed(session, event.connection, key, error)
+        return self._store(session, key, tensor)
+
+    def _remember(self, digest: bytes, tensor: Any) -> None:
+        actual = hashlib.sha256(self._tools.content_bytes(tensor)).digest()
+        if actual != digest:
+            raise ProtocolError(f"content arrived with sha256 {actual.hex()[:16]}, announced was {digest.hex()[:16]}")
+        self._contents[digest] = tensor
+
+    def _put_failed(self, session: SessionRecord, connection: bytes, key: tuple[int, int],
+                    error: Exception) -> list[Command]:
+        wrapped = error if isinstance(error, GenieError) else RemoteExecutionError(str(error))
+        session.broken[key] = wrapped
+        failed = [run for runs in session.runs.values() for run in runs if key in run.pending]
+        return [command for run in failed for command in self._fail(Failed(run, error, 0.0))] + [
+            Abandon(run) for run in failed]
+
+    def adopt(self, session: SessionRecord, event: Received) -> list[Command]:
+        message: m.Adopt = event.message  # type: ignore[assignment]
+        tensor = self._contents.get(message.digest)
+        key = (message.tensor_id, message.epoch)
+        if tensor is None:
+            gone = StaleHandleError(f"content {message.digest.hex()[:16]} was freed before it could be adopted")
+            return self._put_failed(session, event.connection, key, gone)
+        return self._store(session, key, tensor)
+
+    def _store(self, session: SessionRecord, key: tuple[int, int], tensor: Any) -> list[Command]:
+        self.keep(session, key, tensor)
+        ready: list[Command] = []
+        for runs in session.runs.values():
+            for run in runs:
+                value_ids = run.pending.pop(key, None)
+                if value_ids:
+                    for value_id in value_ids:
+                        run.arrived(value_id, tensor)
+                    ready.append(Execute(run))
+        return ready
+
+    def keep(self, session: SessionRecord, key: tuple[int, int], tensor: Any) -> None:
+        if key in session.tensors:
+            session.resident_bytes -= self._tools.size_bytes(session.tensors[key])
+        session.tensors[key] = tensor
+        session.resident_bytes += self._tools.size_bytes(tensor)
+
+    def discard(self, session: SessionRecord, key: tuple[int, int]) -> None:
+        if key[1]:
+            for program_id in [p for p, t in session.templates.items() if key in t.keys]:
+                del session.templates[program_id]
+        tensor = session.tensors.pop(key, None)
+        session.broken.pop(key, None)
+        if tensor is not None:
+            session.resident_bytes -= self._tools.size_bytes(tensor)
+
+    def free(self, session: SessionRecord, event: Received) -> list[Command]:
+        for key in event.message.tensors:  # type: ignore[union-attr]
+            self.discard(session, key)
+        return []
+
+    def fetch(self, session: SessionRecord, event: Received) -> list[Command]:
+        message: m.Fetch = event.message  # type: ignore[assignment]
+        tensor = session.tensors.get((message.tensor_id, message.epoch))
+        if tensor is None:
+            raise StaleHandleError(f"tensor {message.tensor_id} at epoch {message.epoch} is not on this worker "
+                                   f"(incarnation {self._incarnation})")
+        frames: list[Any] = []
+        value = self._tools.stage(tensor, frames)
+        return [Reply(event.connection, m.Result(message.request, ((0, value),), (), 0.0, 0.0,
+                                                 session.resident_bytes), frames)]

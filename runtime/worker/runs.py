@@ -1,0 +1,198 @@
+"""Runs on their way through a worker: arguments bound, values awaited, results answered."""
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from typing import Any
+
+from genie_dynamo.core import messages as m
+from genie_dynamo.core.errors import MessageLimitError, ProtocolError, StaleHandleError, WorkerBusyError
+from genie_dynamo.core.limits import Limits
+from genie_dynamo.runtime.worker.events import (
+    Abandon,
+    Command,
+    Execute,
+    Failed,
+    Finished,
+    Received,
+    Reply,
+    failure,
+)
+from genie_dynamo.runtime.worker.records import RunRecord, SessionRecord, Template
+from genie_dynamo.runtime.worker.residents import Residents
+from genie_dynamo.runtime.worker.toolbox import Toolbox
+
+_NONE: frozenset[tuple[int, int]] = frozenset()
+
+
+def _template(run: RunRecord) -> Template:
+    """What a call with all its arguments leaves to be remembered."""
+    resident: dict[int, tuple[int, int]] = {}
+    for value_id, argument in zip(run.program.inputs, run.message.arguments, strict=True):
+        if type(argument) is tuple and argument[0] == m.RESIDENT and argument[2] >= 1 and value_id in run.env:
+            resident[value_id] = (argument[1], argument[2])
+    return Template(run.message.template, {v: run.env[v] for v in resident}, frozenset(resident.values()),
+                    tuple(v for v in run.program.inputs if v not in resident))
+
+
+class Runs:
+    """Takes Run, Push and Cancel, and what the engine says of runs."""
+
+    def __init__(self, toolbox: Toolbox, incarnation: str, limits: Limits) -> None:
+        self.residents = Residents(toolbox, incarnation, self.failed)
+        self._tools = toolbox
+        self._incarnation = incarnation
+        self._limits = limits
+
+    def run(self, session: SessionRecord, event: Received) -> list[Command]:
+        message: m.Run = event.message  # type: ignore[assignment]
+        for key in message.frees:
+            self.residents.discard(session, key)
+        entry = session.programs.get(message.program_id)
+        if entry is None:
+            raise StaleHandleError(f"program {message.program_id} is not loaded in this session")
+        if message.call_id in session.cancelled:
+            return []            # the cancellation took another way, and was faster
+        program, loaded, small = entry
+        template = self._template_of(session, message) if message.template < 0 else None
+        value_ids = program.inputs if template is None else template.others
+        if len(message.arguments) != len(value_ids):
+            raise ProtocolError(f"program {program.program_id} takes {len(value_ids)} arguments, "
+                                f"{len(message.arguments)} came")
+        if message.keeps and len(message.keeps) != len(program.keeps):
+            raise ProtocolError(f"program {program.program_id} keeps {len(program.keeps)} values, "
+                                f"{len(message.keeps)} handles came")
+        known = template.env if template is not None else {}
+        if small and message.template <= 0:
+            values = self._inline_arguments(message, event.frames)
+            if values is not None:
+                return [self._run_now(session, event, message, loaded,
+                                      {**known, **dict(zip(value_ids, values, strict=True))})]
+        if len(session.runs) >= self._limits.waiting_runs_per_session:
+            raise WorkerBusyError(f"{self._limits.waiting_runs_per_session} runs of this session wait already")
+        run = RunRecord(session, event.connection, message, program, loaded, dict(known), {}, set(), event.now_s)
+        incoming = set(message.incoming) if message.incoming else _NONE
+        for value_id, argument in zip(value_ids, message.arguments, strict=True):
+            self._bind(run, value_id, argument, event.frames, incoming)
+        if message.template > 0:
+            session.templates[message.program_id] = _template(run)
+        if program.receives:
+            box = session.mailbox.pop(message.call_id, {})
+            run.env.update(box)
+            run.awaited = {v for v in program.receives if v not in box}
+        session.runs.setdefault(message.call_id, []).append(run)
+        return [Execute(run)]
+
+    def _run_now(self, session: SessionRecord, event: Received, message: m.Run, loaded: Any,
+                 env: dict[int, Any]) -> Reply:
+        """Carry out a run of a small program: what it returns is all there is to say."""
+        values, compute_s = self._tools.run_now(loaded, env, session.resident_bytes)
+        frames: list[Any] = []
+        staged = tuple([(index, self._tools.stage(value, frames)) for index, value in enumerate(values)])
+        return Reply(event.connection, m.Result(message.request, staged, (), compute_s, 0.0,
+                                                session.resident_bytes), frames)
+
+    def _template_of(self, session: SessionRecord, message: m.Run) -> Template:
+        template = session.templates.get(message.program_id)
+        if template is None or template.number != -message.template:
+            raise StaleHandleError(f"the arguments remembered as {-message.template} are gone; send all of them",
+                                   template=-message.template)
+        return template
+
+    def _inline_arguments(self, message: m.Run, frames: Sequence[Any]) -> list[Any] | None:
+        """The arguments that came with a message; None where it names resident tensors."""
+        values: list[Any] = []
+        for argument in message.arguments:
+            if type(argument) is tuple:
+                if len(argument) != 2 or argument[0] != m.INLINE:
+                    return None
+                values.append(self._tools.land(argument[1], frames))
+            elif argument is None or isinstance(argument, int | float):
+                values.append(argument)
+            else:
+                return None
+        return values
+
+    def _bind(self, run: RunRecord, value_id: int, argument: Any, frames: Sequence[Any],
+              incoming: Set[tuple[int, int]]) -> None:
+        if type(argument) is not tuple:
+            if argument is not None and not isinstance(argument, int | float | bool):
+                raise ProtocolError(f"an argument is a number, None, a tensor or a handle, got {argument!r:.60}")
+            run.env[value_id] = argument
+        elif argument and argument[0] == m.RESIDENT and len(argument) == 3:
+            key = (argument[1], argument[2])
+            tensor = run.session.tensors.get(key)
+            if tensor is not None:
+                run.env[value_id] = tensor
+            elif key in run.session.broken:
+                raise run.session.broken[key]
+            elif key in incoming:
+                run.pending.setdefault(key, []).append(value_id)
+            else:
+                raise StaleHandleError(
+                    f"tensor {key[0]} at epoch {key[1]} is not on this worker (incarnation {self._incarnation})",
+                    tensor_id=key[0], epoch=key[1])
+        elif len(argument) == 2 and argument[0] == m.INLINE:
+            run.env[value_id] = self._tools.land(argument[1], frames)
+        else:
+            raise ProtocolError(f"not an argument: {argument!r:.60}")
+
+    def push(self, session: SessionRecord | None, message: m.Push, frames: Sequence[Any]) -> list[Command]:
+        if session is None or message.call_id in session.cancelled:
+            return []
+        value = message.value
+        if type(value) is tuple:
+            if len(value) != 2 or value[0] != m.INLINE:
+                raise ProtocolError(f"a pushed value is a number or a tensor, got {value!r:.60}")
+            value = self._tools.land(value[1], frames)
+        for run in session.runs.get(message.call_id, ()):
+            if message.value_id in run.awaited:
+                run.arrived(message.value_id, value)
+                return [Execute(run)]
+        box = session.mailbox.setdefault(message.call_id, {})
+        if len(session.mailbox) > self._limits.waiting_runs_per_session:
+            del session.mailbox[message.call_id]
+            raise MessageLimitError(f"values of {len(session.mailbox)} calls wait here for their runs")
+        box[message.value_id] = value
+        return []
+
+    def cancel(self, session: SessionRecord, event: Received) -> list[Command]:
+        message: m.Cancel = event.message  # type: ignore[assignment]
+        session.mailbox.pop(message.call_id, None)
+        session.cancelled[message.call_id] = None
+        while len(session.cancelled) > self._limits.waiting_runs_per_session:
+            session.cancelled.pop(next(iter(session.cancelled)))
+        runs = session.runs.pop(message.call_id, [])
+        for run in runs:
+            run.abandoned = True
+        return [Abandon(run) for run in runs]
+
+    def finished(self, event: Finished) -> list[Command]:
+        run = event.run
+        self._forget(run)
+        if run.abandoned:
+            return []
+        session, message = run.session, run.message
+        frames: list[Any] = []
+        for key, value in zip(message.keeps, event.kept, strict=False):
+            self.residents.keep(session, key, value)
+        forms = tuple(self._tools.form(value) for value in event.kept) if message.keeps else ()
+        values = [(index, self._tools.stage(value, frames)) for index, value in event.values]
+        if not message.keeps and event.kept:
+            start = len(run.program.returns)
+            values += [(start + i, self._tools.stage(value, frames)) for i, value in enumerate(event.kept)]
+        result = m.Result(message.request, tuple(values), forms, run.compute_s, run.queue_s, session.resident_bytes)
+        return [Reply(run.connection, result, frames)]
+
+    def failed(self, event: Failed) -> list[Command]:
+        self._forget(event.run)
+        if event.run.abandoned:
+            return []
+        event.run.abandoned = True
+        return [Reply(event.run.connection, failure(event.run.message.request, event.error))]
+
+    def _forget(self, run: RunRecord) -> None:
+        runs = run.session.runs.get(run.message.call_id)
+        if runs and run in runs:
+            runs.remove(run)
+            if not runs:
+                del run.session.runs[run.message.call_id]
