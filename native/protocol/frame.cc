@@ -143,6 +143,7 @@ void write_hello(const Hello& hello, std::span<std::byte, kHelloBytes> out) noex
   store(out, 8, static_cast<std::uint16_t>(hello.digest ? kHelloDigest : 0));
   store(out, 10, std::uint16_t{0});
   store(out, 12, std::uint32_t{0});
+  store(out, 16, hello.token);
 }
 
 ParseStatus parse_hello(std::span<const std::byte> bytes, Hello& hello) noexcept {
@@ -151,6 +152,7 @@ ParseStatus parse_hello(std::span<const std::byte> bytes, Hello& hello) noexcept
   hello.heard_incarnation = load<std::uint32_t>(bytes, 4);
   const auto flags = load<std::uint16_t>(bytes, 8);
   if ((flags & ~kHelloDigest) != 0) return ParseStatus::kBadFlags;
+  hello.token = load<std::uint64_t>(bytes, 16);
   hello.digest = (flags & kHelloDigest) != 0;
   if (hello.max_payload_bytes == 0 || hello.max_payload_bytes > 0xFFFF) return ParseStatus::kBadContent;
   return ParseStatus::kOk;

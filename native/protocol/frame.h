@@ -154,11 +154,12 @@ void write_ticket(const Ticket& ticket, std::span<std::byte, kTicketBytes> out) 
 [[nodiscard]] ParseStatus parse_ticket(std::span<const std::byte> bytes, const TicketLimits& limits,
                     Ticket& ticket) noexcept;
 
-inline constexpr std::size_t kHelloBytes = 16;
+inline constexpr std::size_t kHelloBytes = 24;
 
 struct Hello {
   std::uint32_t max_payload_bytes = 0;
   std::uint32_t heard_incarnation = 0;  // in kHelloAck: of who is answered
+  std::uint64_t token = 0;              // what the control plane gave to whom it told of this end
   bool digest = true;                   // I want one on every chunk
 };
 

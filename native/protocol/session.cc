@@ -165,7 +165,8 @@ void Session::on_time(Nanoseconds now) noexcept {
 void Session::write_hello_frame(FrameType type, OutgoingFrame& frame) noexcept {
   std::array<std::byte, kHelloBytes> payload;
   write_hello({.max_payload_bytes = shared_.config.max_payload_bytes, .heard_incarnation = shared_.peer_incarnation,
-         .digest = shared_.config.digest}, payload);
+               .token = shared_.config.token,
+               .digest = shared_.config.digest}, payload);
   shared_.write_control(type, 0, payload, nullptr, frame);
 }
 

@@ -40,7 +40,8 @@ struct Config {
   std::uint32_t credit_bytes = 4u << 20;       // that may be in flight towards this end
   std::uint32_t max_transfers = 64;            // at once, in each direction; more are not accepted yet
   std::uint64_t max_transfer_bytes = 2ull << 30;
-  bool digest = true;                          // of every chunk; used where either end wants it
+  bool digest = true;                          // on every chunk of every transfer, where either end wants it
+  std::uint64_t token = 0;                     // told to the other end in the hello
   bool off_host = true;                        // others share the way: pace, and give way to their delay
   Nanoseconds connect_timeout_ns = 5 * kSecond;
   Nanoseconds peer_timeout_ns = 2 * kSecond;   // silence after which the other end is lost
