@@ -60,6 +60,29 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+# ---------------------------------------------------------------- lanes
+def add_lanes(parser: Parser, subparsers: Any) -> None:
+    command = parser.add_command(
+        subparsers, "lanes", example="genie lanes\ngenie lanes --json",
+        help="the ways that payload can take on this machine: which work, how fast they are, and why not the rest")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=run_lanes)
+
+
+def run_lanes(arguments: argparse.Namespace) -> int:
+    from genie_dynamo.runtime.lanes.survey import survey
+
+    rows = survey()
+    if arguments.json:
+        print(json.dumps({"lanes": [row.to_json() for row in rows]}, indent=2))
+        return 0
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        rate = f"{row.gb_per_s:7.2f} GB/s" if row.gb_per_s is not None else " " * 12
+        print(f"{row.name:<{width}}  {'usable' if row.usable else 'off':<6}  {rate}  {row.reason}")
+    return 0
+
+
 # ---------------------------------------------------------------- patterns
 def add_patterns(parser: Parser, subparsers: Any) -> None:
     command = parser.add_command(

@@ -214,7 +214,7 @@ class Config:
     microbatches: int = field(default=1, metadata=_per_compile(
         _not_yet(_integer(1, 4096), 1), "parts that a batch is cut into to fill a pipeline"))
     require_lane: str | None = field(default=None, metadata=_per_compile(
-        _not_yet(_optional(_choice("zmq", "tcp", "shm", "dpdk")), None, "zmq"),
+        _optional(_choice("zmq", "stream", "tcp", "shm", "dpdk")),
         "refuse to run when payload would use another lane"))
     qos: str | None = field(default=None, metadata=_per_compile(
         _not_yet(_optional(_choice("realtime", "interactive", "batch")), None),

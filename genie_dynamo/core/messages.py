@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from genie_dynamo.core.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 RESIDENT = 0
 INLINE = 1
@@ -45,6 +45,7 @@ class Welcome(NamedTuple):
     heartbeat_address: str
     stream_address: str     # where the worker takes runs over a stream (runtime/lanes/stream.py); empty: nowhere
     connection: bytes       # how the worker names this connection
+    lanes: tuple[Any, ...]  # native lanes it offers, best first: (name, version, address)
     facts: dict[str, Any]   # device, threads, torch version, pid, memory
 
 
@@ -222,7 +223,7 @@ _FIELD_TYPES: dict[str, Any] = {
     "digest": (bytes, type(None)), "program_id": int, "call_id": int, "arguments": tuple, "keeps": tuple,
     "incoming": tuple, "frees": tuple, "values": tuple, "kept": tuple, "compute_s": _NUMBER, "queue_s": _NUMBER,
     "resident_bytes": int, "kind": str, "message": str, "value_id": int, "tensors": tuple, "value": object,
-    "info": object, "template": int, "fresh": bool, "address": str, "key": str, "size_bytes": int,
+    "info": object, "template": int, "lanes": tuple, "fresh": bool, "address": str, "key": str, "size_bytes": int,
 }
 _CHECKS: tuple[tuple[Any, ...], ...] = tuple(tuple(_FIELD_TYPES[f] for f in cls._fields) for cls in _TYPES)
 _PAIR_FIELDS = frozenset({"keeps", "incoming", "frees", "tensors"})

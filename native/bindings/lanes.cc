@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "gpu/driver.h"
 #include "lane/channel.h"
 #include "lane/inproc.h"
 #include "lane/shm.h"
@@ -71,6 +72,7 @@ py::dict to_dict(const Statistics& facts) {
   row["bytes_copied_out"] = facts.bytes_copied_out;
   row["bytes_copied_in"] = facts.bytes_copied_in;
   row["bytes_shared"] = facts.bytes_shared;
+  row["bytes_open"] = facts.bytes_open;
   row["wakeups"] = facts.wakeups;
   return row;
 }
@@ -88,6 +90,14 @@ class PyListener {
  private:
   std::unique_ptr<Listener> listener_;
 };
+
+template <typename T>
+std::unique_ptr<T> unwrap(const py::capsule& capsule, const char* name) {
+  if (capsule.name() == nullptr || std::string_view(capsule.name()) != name) throw LaneError("not a capsule of ours");
+  auto* made = static_cast<std::unique_ptr<T>*>(capsule.get_pointer());
+  if (*made == nullptr) throw LaneError("what was in this capsule has been taken");
+  return std::move(*made);
+}
 
 ShmOptions shm_options(std::size_t limit_bytes) {
   ShmOptions options;
@@ -116,7 +126,7 @@ void bind_lanes(py::module_& module) {
             }
             HeldBuffers::sweep();
             if (posted == Posted::kClosed) raise_closed(self);
-            if (id == 0) {
+            if (posted == Posted::kRefused) {
               throw LaneError(std::string("the ") + std::string(self.capabilities().name) + " lane took nothing: " +
                               name_of(posted));
             }
@@ -125,7 +135,8 @@ void bind_lanes(py::module_& module) {
           py::arg("parts"), py::arg("timeout_s") = 30.0, py::arg("epoch") = 0, py::arg("digest") = false,
           py::arg("priority") = 1, py::arg("deadline_s") = std::numeric_limits<double>::infinity(),
           py::arg("watch") = false,
-          "Post buffers as one message; they must not change until it has ended. Returns its id. Raises: LaneError.")
+          "Post buffers as one message; they must not change until it has ended. Returns its id, or 0 where there was no "
+          "room in the queue in time. Raises: LaneError.")
       .def("receive", [](Channel& self, double timeout_s, double spin_s) { return receive(self, timeout_s, spin_s, false); },
            py::arg("timeout_s"), py::arg("spin_s") = 0.0,
            "(first buffer as bytes, [Memory, ...]), or None in vain. Raises: LaneError once the lane is closed.")
@@ -193,7 +204,9 @@ void bind_lanes(py::module_& module) {
 
   module.def("probe", [] {
     std::map<std::string, std::pair<bool, std::string>> found;
-    for (const auto& [name, probe] : {std::pair{"shm", probe_shm()}, std::pair{"tcp", probe_tcp()}}) {
+    for (const auto& [name, probe] :
+         {std::pair{"shm", probe_shm()}, std::pair{"tcp", probe_tcp()}, std::pair{"cuda_staging", gpu::probe_staging()},
+          std::pair{"gpudirect", gpu::probe_gpudirect()}}) {
       found[name] = {probe.usable, probe.reason};
     }
     return found;
@@ -216,6 +229,13 @@ void bind_lanes(py::module_& module) {
         throw LaneError("no lane is named " + kind);
       },
       py::arg("kind"), py::arg("address"), py::arg("timeout_s"), py::arg("limit_bytes") = 0);
+  // Lanes of other modules (genie_dynamo._dpdk) come in capsules, which are empty from then on.
+  module.def("adopt_lane", [](const py::capsule& capsule) {
+    return std::make_shared<Channel>(unwrap<Lane>(capsule, "genie.Lane"));
+  }, py::arg("capsule"));
+  module.def("adopt_listener", [](const py::capsule& capsule) {
+    return std::make_unique<PyListener>(unwrap<Listener>(capsule, "genie.Listener"));
+  }, py::arg("capsule"));
   module.def("inproc", [] {
     auto [left, right] = make_inproc();
     return py::make_tuple(std::make_shared<Channel>(std::move(left)), std::make_shared<Channel>(std::move(right)));

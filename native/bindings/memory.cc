@@ -98,6 +98,7 @@ void bind_memory(py::module_& module) {
       })
       .def("__len__", [](const Buffer& self) { return self.size_bytes; })
       .def_readonly("read_only", &Buffer::read_only)
+      .def_readonly("foreign", &Buffer::foreign, "Another process's pages: it gets them back with the last reference.")
       .def_property_readonly("address", [](const Buffer& self) { return reinterpret_cast<std::uintptr_t>(self.data); });
 
   module.def(

@@ -39,7 +39,8 @@ T random_number() {
 
 protocol::Config config_for(const Port& port, std::uint64_t token) {
   protocol::Config config;
-  const std::uint32_t frame = port.max_frame_bytes() - protocol::kHeaderBytes - protocol::kDigestBytes;
+  constexpr auto kHead = static_cast<std::uint32_t>(protocol::kHeaderBytes + protocol::kDigestBytes);
+  const std::uint32_t frame = port.max_frame_bytes() - kHead;
   config.max_payload_bytes = std::min<std::uint32_t>(frame / 64 * 64, 0xFFC0);
   config.off_host = port.kind() != PortKind::kMemif;
   config.digest = config.off_host;

@@ -63,6 +63,7 @@ struct Buffer {
   std::size_t size_bytes = 0;
   bool read_only = false;              // writing to it faults
   std::shared_ptr<void> owner;
+  bool foreign = false;                // the peer's pages: it cannot use them again before the last owner goes
 };
 
 // One gathered piece of a transfer. `owner` keeps the memory as it is until the transfer has ended.
@@ -107,6 +108,7 @@ struct Statistics {
   std::uint64_t bytes_copied_out = 0;                // by the sender's processor, inside the lane
   std::uint64_t bytes_copied_in = 0;                 // by the receiver's processor, inside the lane
   std::uint64_t bytes_shared = 0;                    // sent by naming pages that both ends see
+  std::uint64_t bytes_open = 0;                      // posted and not ended: what a peer that does not read piles up
   std::uint64_t wakeups = 0;                         // of a sleeping peer
 };
 

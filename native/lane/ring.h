@@ -1,7 +1,8 @@
 // A ring of records in memory that two processes share: one writes, one reads, neither trusts the other.
 //
 // Both sides keep their own position privately and only publish it; the other's is read from shared memory and checked
-// each time. A record is copied out before anything in it is looked at, so a peer cannot change it under the check.
+// each time. Who sleeps says so and looks once more; who writes publishes and then looks whether somebody sleeps: with
+// sequentially consistent operations on both sides no wake-up is lost. A record is copied out before anything in it is looked at, so a peer cannot change it under the check.
 //
 //     record   u32 size of the body | u32 kind | body | padding to 8 bytes
 //     a size of kSkip: nothing more before the end of the ring, go on at its start
@@ -75,19 +76,18 @@ class RingWriter : public Ring {
   // Publishes what was reserved; returns the position after it.
   std::uint64_t commit() noexcept {
     tail_ += reserved_;
-    header_->tail.store(tail_, std::memory_order_release);
+    header_->tail.store(tail_, std::memory_order_seq_cst);
     return tail_;
   }
 
   // Whether the reader sleeps; it is told so only once.
   [[nodiscard]] bool must_wake() noexcept {
-    std::atomic_thread_fence(std::memory_order_seq_cst);
-    return header_->sleeping.load(std::memory_order_relaxed) != 0 && header_->sleeping.exchange(0) != 0;
+    return header_->sleeping.load(std::memory_order_seq_cst) != 0 && header_->sleeping.exchange(0) != 0;
   }
 
   // How far the reader is. False: it says something that cannot be.
   [[nodiscard]] bool refresh() noexcept {
-    const std::uint64_t head = header_->head.load(std::memory_order_acquire);
+    const std::uint64_t head = header_->head.load(std::memory_order_seq_cst);
     if (head < head_ || head > tail_) {
       broken_ = true;
       return false;
@@ -146,19 +146,17 @@ class RingReader : public Ring {
   void done() noexcept {
     head_ += taken_;
     taken_ = 0;
-    header_->head.store(head_, std::memory_order_release);
+    header_->head.store(head_, std::memory_order_seq_cst);
   }
 
   [[nodiscard]] bool writer_waits() noexcept {
-    std::atomic_thread_fence(std::memory_order_seq_cst);
-    return header_->starved.load(std::memory_order_relaxed) != 0 && header_->starved.exchange(0) != 0;
+    return header_->starved.load(std::memory_order_seq_cst) != 0 && header_->starved.exchange(0) != 0;
   }
 
   // Says that the reader sleeps; false if there is a record after all.
   [[nodiscard]] bool arm() noexcept {
-    header_->sleeping.store(1, std::memory_order_relaxed);
-    std::atomic_thread_fence(std::memory_order_seq_cst);
-    if (header_->tail.load(std::memory_order_relaxed) == head_) return true;
+    header_->sleeping.store(1, std::memory_order_seq_cst);
+    if (header_->tail.load(std::memory_order_seq_cst) == head_) return true;
     header_->sleeping.store(0, std::memory_order_relaxed);
     return false;
   }

@@ -53,13 +53,14 @@ static_assert(sizeof(PacketBody) == 24);
 
 struct MessageHead {
   std::uint64_t id;
+  std::uint64_t sequence;     // of messages in the ring, from 1; ids follow posting, whose order priorities change
   std::uint64_t epoch;
   std::uint32_t num_slices;
   std::uint32_t flags;
   std::uint32_t digest;
   std::uint32_t reserved;
 };
-static_assert(sizeof(MessageHead) == 32);
+static_assert(sizeof(MessageHead) == 40);
 
 struct SliceRef {
   std::uint64_t size_bytes;
@@ -120,9 +121,16 @@ struct Pending {
   bool digest = false;
   Deadline deadline = kNoDeadline;
   std::vector<Slice> slices;
+
+  [[nodiscard]] std::uint64_t size_bytes() const noexcept {
+    std::uint64_t total = 0;
+    for (const Slice& slice : slices) total += slice.size_bytes;
+    return total;
+  }
 };
 
 struct Untaken {
+  std::uint64_t size_bytes = 0;
   std::uint64_t position = 0;   // of the ring, after its record
   std::uint64_t id = 0;
   Deadline deadline = kNoDeadline;
@@ -220,6 +228,7 @@ class ShmLane final : public Lane {
     if (num_queued_ >= kMaxQueued) return Posted::kBusy;
     last_id_ = transfer.id;
     ++facts_.posted;
+    facts_.bytes_open += total;
     Pending pending{transfer.id, transfer.epoch, transfer.digest, transfer.deadline,
                     {transfer.slices.begin(), transfer.slices.end()}};
     if (transfer.deadline != kNoDeadline) next_deadline_ = std::min(next_deadline_, transfer.deadline);
@@ -252,8 +261,7 @@ class ShmLane final : public Lane {
     armed_ = true;
     if (num_queued_ > 0 || (for_ends && !untaken_.empty())) {
       const std::uint64_t before = writer_->taken();
-      writer_->header().starved.store(1, std::memory_order_relaxed);
-      std::atomic_thread_fence(std::memory_order_seq_cst);
+      writer_->header().starved.store(1, std::memory_order_seq_cst);
       if (writer_->refresh() && writer_->taken() != before) return false;
     }
     return reader_->arm();
@@ -270,6 +278,7 @@ class ShmLane final : public Lane {
     for (auto& queue : queues_) {
       const auto at = std::find_if(queue.begin(), queue.end(), [id](const Pending& p) { return p.id == id; });
       if (at == queue.end()) continue;
+      facts_.bytes_open -= at->size_bytes();
       queue.erase(at);
       --num_queued_;
       end(id, End::kCancelled);
@@ -291,7 +300,8 @@ class ShmLane final : public Lane {
 
   void close() noexcept override {
     if (closed_) return;
-    if (writer_ != nullptr && writer_->reserve(0, kBye) != nullptr) {
+    // A forked child has the parent's rings: it must not speak for it.
+    if (::getpid() == pid_ && writer_ != nullptr && writer_->reserve(0, kBye) != nullptr) {
       writer_->commit();
       ring_bell(peer_wake_.get());
     }
@@ -463,7 +473,7 @@ class ShmLane final : public Lane {
     MessageHead head{};
     if (body.size() < sizeof head) return false;
     std::memcpy(&head, body.data(), sizeof head);
-    if (head.id <= last_arrived_ || head.num_slices > kShmMaxSlices) return false;   // a replay, or too many
+    if (head.sequence != last_arrived_ + 1 || head.num_slices > kShmMaxSlices) return false;   // a replay, or too many
     const std::size_t inline_at = sizeof head + head.num_slices * sizeof(SliceRef);
     if (inline_at > body.size()) return false;
     const std::span<const std::byte> inlined = body.subspan(inline_at);
@@ -483,7 +493,7 @@ class ShmLane final : public Lane {
       for (const Buffer& buffer : buffers) crc = crc32c(buffer.data, buffer.size_bytes, crc);
       if (crc != head.digest) return false;
     }
-    last_arrived_ = head.id;
+    last_arrived_ = head.sequence;
     ++facts_.arrived;
     ++reported_;
     facts_.bytes_arrived += total;
@@ -495,7 +505,7 @@ class ShmLane final : public Lane {
     if (ref.offset > inlined.size() || ref.size_bytes > inlined.size() - ref.offset) return {};
     Buffer buffer = land(ref.size_bytes);
     if (buffer.data == nullptr) return {};
-    std::memcpy(buffer.data, inlined.data() + ref.offset, ref.size_bytes);
+    if (ref.size_bytes > 0) std::memcpy(buffer.data, inlined.data() + ref.offset, ref.size_bytes);
     facts_.bytes_copied_in += ref.size_bytes;
     return buffer;
   }
@@ -515,7 +525,7 @@ class ShmLane final : public Lane {
     }
     std::byte* data = segment.data() + ref.offset;
     auto borrowed = std::make_shared<Borrowed>(found->second, releases_, ref.token);
-    if (!copy_out) return {data, ref.size_bytes, !connecting_, std::move(borrowed)};
+    if (!copy_out) return {data, ref.size_bytes, !connecting_, std::move(borrowed), true};
     Buffer buffer = land(ref.size_bytes);
     if (buffer.data == nullptr) return {};
     std::memcpy(buffer.data, data, ref.size_bytes);
@@ -598,6 +608,7 @@ class ShmLane final : public Lane {
     if (!writer_->refresh()) return shut(End::kCorrupt, "a ring position that cannot be");
     while (!untaken_.empty() && untaken_.front().position <= writer_->taken()) {
       if (!untaken_.front().ended) end(untaken_.front().id, End::kOk);
+      facts_.bytes_open -= untaken_.front().size_bytes;
       untaken_.pop_front();
     }
   }
@@ -620,6 +631,7 @@ class ShmLane final : public Lane {
       for (auto at = queue.begin(); at != queue.end();) {
         if (at->deadline <= now) {
           end(at->id, End::kTimeout);
+          facts_.bytes_open -= at->size_bytes();
           at = queue.erase(at);
           --num_queued_;
         } else {
@@ -712,9 +724,10 @@ class ShmLane final : public Lane {
       if (place(slice, placed[i])) continue;
       if (free_slots_.size() < slots_.size()) return Published::kLater;   // the peer has slabs to give back
       end(pending.id, End::kLocal);
+      facts_.bytes_open -= pending.size_bytes();
       return Published::kEnded;
     }
-    MessageHead head{pending.id, pending.epoch, static_cast<std::uint32_t>(count), 0, 0, 0};
+    MessageHead head{pending.id, ++last_sequence_, pending.epoch, static_cast<std::uint32_t>(count), 0, 0, 0};
     if (pool_->used_bytes() > pool_->options().limit_bytes / 2) head.flags |= kCopyOut;
     if (pending.digest) {
       head.flags |= kHasDigest;
@@ -731,14 +744,14 @@ class ShmLane final : public Lane {
         ref.token = take_slot(std::move(placed[i].owner));
         facts_.bytes_shared += slice.size_bytes;
       } else {
-        std::memcpy(body + fixed + inline_at, slice.data, slice.size_bytes);
+        if (slice.size_bytes > 0) std::memcpy(body + fixed + inline_at, slice.data, slice.size_bytes);
         facts_.bytes_copied_out += slice.size_bytes;
         inline_at += aligned(slice.size_bytes);
       }
       std::memcpy(body + sizeof head + i * sizeof ref, &ref, sizeof ref);
       facts_.bytes_sent += slice.size_bytes;
     }
-    untaken_.push_back({writer_->commit(), pending.id, pending.deadline, false});
+    untaken_.push_back({pending.size_bytes(), writer_->commit(), pending.id, pending.deadline, false});
     wake_peer();
     return Published::kDone;
   } catch (...) {
@@ -755,6 +768,7 @@ class ShmLane final : public Lane {
   Fd peer_wake_;
   Fd epoll_;
   const bool connecting_;
+  const pid_t pid_ = ::getpid();
   Capabilities capabilities_;
   std::shared_ptr<Segment> out_segment_;
   std::unique_ptr<RingWriter> writer_;
@@ -772,6 +786,7 @@ class ShmLane final : public Lane {
   std::vector<std::pair<std::uint64_t, End>> ends_;
   Deadline next_deadline_ = kNoDeadline;
   std::uint64_t last_id_ = 0;
+  std::uint64_t last_sequence_ = 0;
   std::uint64_t last_arrived_ = 0;
   bool armed_ = true;           // the first poll looks at the descriptors
   bool closed_ = false;
@@ -783,11 +798,13 @@ class ShmLane final : public Lane {
   Statistics facts_;
 };
 
+// "@name" is an abstract one: it has no file, and nothing of it is left when its process ends.
 sockaddr_un address_of(const std::string& path) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   if (path.size() >= sizeof address.sun_path) throw LaneError("the path of a Unix socket is too long: " + path);
   std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
+  if (path.starts_with('@')) address.sun_path[0] = '\0';
   return address;
 }
 
@@ -799,14 +816,16 @@ class ShmListener final : public Listener {
     if (!socket_.valid()) throw LaneError(error_text("making a Unix socket"));
     if (!bind_to(address)) throw LaneError(error_text("binding " + path_));
     // Before listen(): until then nobody can connect.
-    if (::chmod(path_.c_str(), S_IRUSR | S_IWUSR) != 0 || ::listen(socket_.get(), 64) != 0) {
+    if ((!is_abstract() && ::chmod(path_.c_str(), S_IRUSR | S_IWUSR) != 0) || ::listen(socket_.get(), 64) != 0) {
       throw LaneError(error_text("listening at " + path_));
     }
     epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
     watch(socket_.get());
   }
 
-  ~ShmListener() override { ::unlink(path_.c_str()); }
+  ~ShmListener() override {
+    if (!is_abstract()) ::unlink(path_.c_str());
+  }
 
   [[nodiscard]] std::string address() const override { return path_; }
   [[nodiscard]] int wait_fd() const noexcept override { return epoll_.get(); }
@@ -839,11 +858,13 @@ class ShmListener final : public Listener {
     Deadline until;
   };
 
+  [[nodiscard]] bool is_abstract() const noexcept { return path_.starts_with('@'); }
+
   // The file that a killed worker has left is removed, if nobody listens there.
   [[nodiscard]] bool bind_to(const sockaddr_un& address) {
     const auto* generic = reinterpret_cast<const sockaddr*>(&address);
     if (::bind(socket_.get(), generic, sizeof address) == 0) return true;
-    if (errno != EADDRINUSE) return false;
+    if (errno != EADDRINUSE || is_abstract()) return false;
     const Fd probe(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
     if (::connect(probe.get(), generic, sizeof address) == 0 || errno != ECONNREFUSED) {
       errno = EADDRINUSE;

@@ -34,6 +34,7 @@ constexpr auto kHandshakeTime = std::chrono::seconds(5);
 
 struct Outgoing {
   std::uint64_t id = 0;
+  std::uint64_t sequence = 0;         // given when its first byte is about to leave
   std::uint64_t epoch = 0;
   bool digest = false;
   bool bare = false;                  // an ack or a bye: a header alone
@@ -54,12 +55,19 @@ struct Outgoing {
     return trailer;
   }
   [[nodiscard]] bool started() const noexcept { return part > 0 || sent > 0; }
+  [[nodiscard]] std::uint64_t size_bytes() const noexcept {
+    std::uint64_t total = 0;
+    for (const Slice& slice : slices) total += slice.size_bytes;
+    return total;
+  }
 };
 
 struct Unacked {
   std::uint64_t id = 0;
+  std::uint64_t sequence = 0;
   Deadline deadline = kNoDeadline;
   bool ended = false;
+  std::uint64_t size_bytes = 0;
   std::vector<Slice> slices;          // kept as they are until the peer has them
 };
 
@@ -134,6 +142,7 @@ class TcpLane final : public Lane {
     ++num_queued_;
     ++facts_.posted;
     facts_.bytes_sent += total;
+    facts_.bytes_open += total;
     if (transfer.deadline != kNoDeadline) next_deadline_ = std::min(next_deadline_, transfer.deadline);
     if (!blocked_) send_queued();
     return Posted::kAccepted;
@@ -190,6 +199,7 @@ class TcpLane final : public Lane {
         // Half of it is on the wire: only the stream's end could take it back. The peer will get it.
         cancelled_.push_back(id);
       } else {
+        facts_.bytes_open -= at->size_bytes();
         queue.erase(at);
         --num_queued_;
       }
@@ -212,9 +222,9 @@ class TcpLane final : public Lane {
 
   void close() noexcept override {
     if (closed_) return;
-    if (!mid_message()) {
+    if (::getpid() == pid_ && !mid_message()) {
       std::array<std::byte, tcp::kHeaderBytes> bye{};
-      tcp::write_header({tcp::Kind::kBye, 0, 0, 0, 0, last_arrived_}, bye.data());
+      tcp::write_header({tcp::Kind::kBye, 0, 0, 0, 0, 0, last_arrived_}, bye.data());
       [[maybe_unused]] const ssize_t sent = ::send(socket_.get(), bye.data(), bye.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
     }
     shut(End::kCancelled, "closed here");
@@ -294,8 +304,10 @@ class TcpLane final : public Lane {
   }
 
   void begin(Outgoing& out) {
+    if (!out.bare) out.sequence = ++last_sequence_;
     tcp::Header header{out.kind, static_cast<std::uint8_t>(out.digest ? tcp::kHasDigest : 0),
-                       static_cast<std::uint16_t>(out.slices.size()), out.id, out.epoch, last_arrived_};
+                       static_cast<std::uint16_t>(out.slices.size()), out.id, out.sequence, out.epoch,
+                       last_arrived_};
     const std::size_t sizes = out.bare ? 0 : out.slices.size() * 8 + 4;
     out.lead.resize(tcp::kHeaderBytes + sizes);
     tcp::write_header(header, out.lead.data());
@@ -320,7 +332,8 @@ class TcpLane final : public Lane {
       if (out.lead.empty()) begin(out);
       if (!send_some(out)) return;
       if (!out.bare) {
-        Unacked sent{out.id, out.deadline, false, std::move(out.slices)};
+        Unacked sent{out.id, out.sequence, out.deadline, false, 0, std::move(out.slices)};
+        for (const Slice& slice : sent.slices) sent.size_bytes += slice.size_bytes;
         if (const auto at = std::find(cancelled_.begin(), cancelled_.end(), out.id); at != cancelled_.end()) {
           cancelled_.erase(at);
           sent.ended = true;
@@ -484,7 +497,7 @@ class TcpLane final : public Lane {
             return false;
           }
           if (header_.kind == tcp::Kind::kAck) break;
-          if (header_.id <= last_arrived_) return corrupt("a message that came before");
+          if (header_.sequence != last_arrived_ + 1) return corrupt("a message out of turn");
           state_ = State::kSizes;
           break;
         }
@@ -562,7 +575,7 @@ class TcpLane final : public Lane {
   }
 
   void arrived() {
-    last_arrived_ = header_.id;
+    last_arrived_ = header_.sequence;
     ++facts_.arrived;
     ++reported_;
     for (const Buffer& buffer : slices_) facts_.bytes_arrived += buffer.size_bytes;
@@ -570,10 +583,11 @@ class TcpLane final : public Lane {
     sink_->on_arrived(header_.id, header_.epoch, std::exchange(slices_, {}));
   }
 
-  [[nodiscard]] bool take_acked(std::uint64_t id) noexcept {
-    if (id > last_id_) return false;
-    while (!unacked_.empty() && unacked_.front().id <= id) {
+  [[nodiscard]] bool take_acked(std::uint64_t sequence) noexcept {
+    if (sequence > last_sequence_) return false;
+    while (!unacked_.empty() && unacked_.front().sequence <= sequence) {
       if (!unacked_.front().ended) end(unacked_.front().id, End::kOk);
+      facts_.bytes_open -= unacked_.front().size_bytes;
       unacked_.pop_front();
     }
     return true;
@@ -592,6 +606,7 @@ class TcpLane final : public Lane {
           return shut(End::kTimeout, "the other end does not read");   // half a message is of no use
         } else {
           end(at->id, End::kTimeout);
+          facts_.bytes_open -= at->size_bytes();
           at = queue.erase(at);
           --num_queued_;
         }
@@ -611,6 +626,7 @@ class TcpLane final : public Lane {
   Fd socket_;
   Fd wake_;
   Fd epoll_;
+  const pid_t pid_ = ::getpid();   // a forked child must not speak for its parent
   Capabilities capabilities_;
   std::uint64_t peer_max_ = 0;
   std::array<std::byte, tcp::kHelloBytes> hello_{};
@@ -622,6 +638,7 @@ class TcpLane final : public Lane {
   std::vector<std::uint64_t> cancelled_;
   bool blocked_ = false;
   std::uint64_t last_id_ = 0;
+  std::uint64_t last_sequence_ = 0;   // given out
   std::uint64_t said_acked_ = 0;
 
   State state_ = State::kHeader;
@@ -635,7 +652,7 @@ class TcpLane final : public Lane {
   bool check_ = false;
   bool more_ = false;
   std::uint32_t crc_ = 0;
-  std::uint64_t last_arrived_ = 0;
+  std::uint64_t last_arrived_ = 0;    // sequence number
 
   std::vector<std::pair<std::uint64_t, End>> ends_;
   Deadline next_deadline_ = kNoDeadline;

@@ -61,19 +61,25 @@ class Answers:
             while not state.done:
                 self._read(workers[0], parts[0], state, received[workers[0]], args, deadline_s)
             return received
-        poller = zmq.Poller()
-        by_socket = {}
-        for worker, part in zip(workers, parts, strict=True):
-            poller.register(part.connection.socket, zmq.POLLIN)
-            by_socket[part.connection.socket] = (worker, part)
         while not state.done:
-            ready = poller.poll(POLL_MS)
-            for socket, _ in ready:
-                worker, part = by_socket[socket]
+            ready = self._ready([(w, p) for w, p in zip(workers, parts, strict=True) if w in state.open_workers])
+            for worker, part in ready:
                 self._read(worker, part, state, received[worker], args, deadline_s)
             if not ready:
                 self._check(workers, parts, state, deadline_s)
         return received
+
+    def _ready(self, parts: Sequence[tuple[int, Part]]) -> list[tuple[int, Part]]:
+        """Those of which something can be read; none where nothing has come for a while."""
+        poller = zmq.Poller()
+        by_handle: dict[Any, tuple[int, Part]] = {}
+        for worker, part in parts:
+            handle = part.connection.wait_handle()
+            if handle is None:
+                return [(worker, part)]
+            poller.register(handle, zmq.POLLIN)
+            by_handle[handle] = (worker, part)
+        return [by_handle[handle] for handle, _ in poller.poll(POLL_MS)]
 
     def _check(self, workers: Sequence[int], parts: Sequence[Part], state: CallState, deadline_s: float) -> None:
         for worker, part in zip(workers, parts, strict=True):

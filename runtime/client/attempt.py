@@ -135,7 +135,7 @@ class Attempts:
                 binding = part.bindings.get(key)
                 if binding is None or not binding.usable:
                     binding = bind(session, self.plan, self._specs, links, self._config.worker_compiler,
-                                   self._config.timeout_s)
+                                   self._config.timeout_s, self._config.require_lane)
                     part.bindings[key] = binding
             part.prefer = tuple({*part.prefer, *(link.name for link in links)})
         return binding

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from genie_dynamo.core import messages as m
+from genie_dynamo.core.errors import LaneUnavailableError
 from genie_dynamo.core.plan import RNG_STATE, Output, Plan
 from genie_dynamo.core.program import WorkerProgram, static_updates, value_ids, worker_programs
 from genie_dynamo.runtime.client.connection import Connection
@@ -86,10 +87,10 @@ class Binding:
 
 
 def bind(session: Session, plan: Plan, specs: dict[int, bytes], links: Sequence[WorkerLink], compiler: str,
-         timeout_s: float) -> Binding:
+         timeout_s: float, require_lane: str | None = None) -> Binding:
     """Number the plan's programs and load each on its worker.
 
-    Raises: what a worker reports when it refuses a fragment, or WorkerError.
+    Raises: LaneUnavailableError, what a worker reports when it refuses a fragment, or WorkerError.
     """
     program_id = session.next_id()
     peers = tuple((link.address, _text(link.server_key)) for link in links)
@@ -98,6 +99,9 @@ def bind(session: Session, plan: Plan, specs: dict[int, bytes], links: Sequence[
     bound: dict[int, BoundProgram] = {}
     for worker, program in programs.items():
         link = links[worker]
+        if require_lane is not None and link.lane.name != require_lane:
+            raise LaneUnavailableError(f"require_lane={require_lane!r}, and payload to worker {link.name} takes "
+                                       f"{link.lane}", lane=require_lane, worker=link.name)
         with link.connection() as connection:
             _load(session, connection, link, program, timeout_s)
         bound[worker] = BoundProgram(plan, link, program, names)

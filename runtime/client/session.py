@@ -198,7 +198,8 @@ class Session:
         snapshot = self.telemetry.snapshot()
         for link in list(self.links):
             row = snapshot["workers"].setdefault(link.name, _empty_row())
-            row.update(address=link.address, incarnation=link.incarnation, lost=link.lost or None)
+            row.update(address=link.address, incarnation=link.incarnation, lost=link.lost or None,
+                       lane=link.lane.to_json())
             if link.lost or self.closed:
                 continue
             try:
@@ -267,6 +268,7 @@ class Session:
             security=self._security, token=self.token,
             lease_s=0.0 if embedded is not None else self.config.session_lease_s,
             timeout_s=timeout_s or self.config.connect_timeout_s, why_lost=self._why_lost,
+            require_lane=self.config.require_lane,
             # The end of an embedded worker is seen at once, that of another by its heartbeat.
             grace_s=STREAM_GRACE_S if embedded is not None else (
                 self.config.heartbeat_timeout_s + 2 * self.config.heartbeat_interval_s))

@@ -22,6 +22,7 @@ from genie_dynamo.runtime.heartbeat import HeartbeatEcho
 from genie_dynamo.runtime.lanes import stream
 from genie_dynamo.runtime.launcher import lifeline_watch, remove_socket_dir
 from genie_dynamo.runtime.security import Authenticator, Security, apply_client, apply_server, check_bind, harden
+from genie_dynamo.runtime.worker import lanes
 from genie_dynamo.runtime.worker.engine import Engine
 from genie_dynamo.runtime.worker.shell import WAKE_IDENTITY, Shell
 from genie_dynamo.runtime.worker.state import WorkerState
@@ -78,8 +79,10 @@ def run_worker(options: WorkerOptions) -> None:
     wake = _Wake(context)
     engine = Engine(device=device, num_threads=num_threads, namespaces=namespaces, wake=wake)
     listener = _listen(options.bind, address, security)
+    offers = lanes.offer(options.bind, address, keys=security.is_server)
     state = WorkerState(incarnation=incarnation, heartbeat_address=heartbeat.address, toolbox=engine,
-                        stream_address="" if listener is None else stream.address_of(listener))
+                        stream_address="" if listener is None else stream.address_of(listener),
+                        lanes=tuple((offer.name, offer.version, offer.address) for offer in offers))
 
     def connect_peer(address: str, key: str) -> zmq.Socket[bytes]:
         peer = context.socket(zmq.DEALER)
@@ -88,7 +91,7 @@ def run_worker(options: WorkerOptions) -> None:
         peer.connect(address)
         return peer
 
-    shell = Shell(socket, state, engine, connect_peer, listener)
+    shell = Shell(socket, state, engine, connect_peer, listener, offers)
     if options.lifeline_fd is not None:
         lifeline_watch(options.lifeline_fd, lambda: _die(options.bind))
     if options.ready_fd is not None:

@@ -38,6 +38,7 @@ from genie_dynamo.runtime.worker.events import (
     Tick,
     failure,
 )
+from genie_dynamo.runtime.worker.lanes import Lanes, Offer
 from genie_dynamo.runtime.worker.records import RunRecord
 from genie_dynamo.runtime.worker.state import WorkerState
 from genie_dynamo.runtime.worker.streams import Streams
@@ -57,10 +58,12 @@ class Shell:
     Args:
         connect_peer: `connect_peer(address, key)` opens the way to another worker.
         listener: where clients may open streams; None where they may not.
+        offers: the native lanes that clients may open.
     """
 
     def __init__(self, socket: zmq.Socket[bytes], state: WorkerState, engine: Engine,
-                 connect_peer: Callable[[str, str], zmq.Socket[bytes]], listener: stream.Socket | None = None) -> None:
+                 connect_peer: Callable[[str, str], zmq.Socket[bytes]], listener: stream.Socket | None = None,
+                 offers: Sequence[Offer] = ()) -> None:
         self._socket = socket
         self._state = state
         self._engine = engine
@@ -76,6 +79,7 @@ class Shell:
         self._socket_fd = int(socket.getsockopt(zmq.FD))
         self._poller.register(self._socket_fd, select.EPOLLIN)
         self._streams = Streams(listener, self._poller, self._message, self._left) if listener is not None else None
+        self._lanes = Lanes(offers, self._poller, self._message, self._left)
         self.stopping = False
 
     def run_forever(self) -> None:
@@ -106,16 +110,19 @@ class Shell:
             received = self._receive()
             self._socket_used = received
         # A backlog on the one kind of socket does not keep the other waiting.
-        busy = received or (self._streams is not None and self._streams.has_more)
+        busy = received or (self._streams is not None and self._streams.has_more) or self._lanes.has_more
         events = self._poller.poll(0.0 if busy else timeout_s)
         for fd, mask in events:
             if fd == self._socket_fd:
                 self._socket_used = True
+            elif self._lanes.owns(fd):
+                self._lanes.serve(fd)
             else:
                 assert self._streams is not None
                 self._streams.serve(fd, mask)
         if self._streams is not None and self._streams.has_more:
             self._streams.serve_more()
+        self._lanes.serve_more()
         return busy or bool(events)
 
     def _receive(self) -> bool:
@@ -209,6 +216,9 @@ class Shell:
 
     def _reply(self, connection: bytes, message: m.Message, frames: Sequence[Any]) -> None:
         header = pack(m.to_wire(message))
+        if connection in self._lanes:
+            self._lanes.send(connection, header, frames)
+            return
         if self._streams is not None and connection in self._streams:
             route = self._state.routes.get(connection)
             if route is None or (type(message) is not m.Partial and stream.fits(header, frames)):
@@ -238,6 +248,7 @@ class Shell:
         self._background.close()
         if self._streams is not None:
             self._streams.close()
+        self._lanes.close()
         self._poller.close()
         for socket in self._peers.values():
             socket.close(linger=0)

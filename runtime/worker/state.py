@@ -38,10 +38,11 @@ class WorkerState:
     """See the module's docstring. `handle` never raises for anything a peer sends."""
 
     def __init__(self, *, incarnation: str, heartbeat_address: str, toolbox: Toolbox, stream_address: str = "",
-                 limits: Limits = DEFAULT_LIMITS) -> None:
+                 lanes: tuple[tuple[str, int, str], ...] = (), limits: Limits = DEFAULT_LIMITS) -> None:
         self.incarnation = incarnation
         self.heartbeat_address = heartbeat_address
         self.stream_address = stream_address
+        self.lanes = lanes                                 # (name, version, address), best first
         self.routes: dict[bytes, bytes] = {}               # stream -> connection of the same client thread
         self.sessions: dict[bytes, SessionRecord] = {}
         self.draining = False
@@ -122,7 +123,7 @@ class WorkerState:
         session.last_heard_s = now_s
         self._by_connection[connection] = session
         return [Reply(connection, m.Welcome(m.PROTOCOL_VERSION, self.incarnation, self.heartbeat_address,
-                                            self.stream_address, connection, self._tools.facts()))]
+                                            self.stream_address, connection, self.lanes, self._tools.facts()))]
 
     def _left(self, connection: bytes) -> list[Command]:
         self.routes.pop(connection, None)

@@ -83,7 +83,7 @@ def test_environment_is_parsed(monkeypatch: pytest.MonkeyPatch, name: str, text:
     ("progress", "sometimes", "'auto', 'on', 'off'"),
     ("parameters", "remote", "not available yet"),
     ("microbatches", 4, "not available yet"),
-    ("require_lane", "shm", "not available yet"),
+    ("require_lane", "smh", "shm"),
     ("qos", "batch", "not available yet"),
     ("deadline_s", 0.1, "not available yet"),
     ("qos", "urgent", "'realtime', 'interactive', 'batch'"),
