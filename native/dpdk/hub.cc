@@ -26,6 +26,8 @@ constexpr std::pair<Nanoseconds, Nanoseconds> kNaps[] = {           // idle for 
     {protocol::kNever, 500 * protocol::kMicrosecond},
 };
 
+std::mutex live_mutex;
+std::vector<Hub*> live;
 std::mutex hubs_mutex;
 std::map<std::pair<PortKind, std::string>, std::weak_ptr<Hub>> hubs;
 
@@ -53,15 +55,34 @@ std::shared_ptr<Hub> Hub::open(const PortSpec& spec) {
   return hub;
 }
 
-Hub::Hub(const PortSpec& spec) : port_(spec), thread_([this] { run(); }) {}
+Hub::Hub(const PortSpec& spec) : port_(spec), thread_([this] { run(); }) {
+  const std::lock_guard lock(live_mutex);
+  live.push_back(this);
+}
 
 Hub::~Hub() {
+  const std::lock_guard lock(live_mutex);
+  std::erase(live, this);
+  stop();
+}
+
+void Hub::stop_all() noexcept {
+  const std::lock_guard lock(live_mutex);
+  for (Hub* hub : live) hub->stop();
+}
+
+void Hub::stop() noexcept {
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;
+    for (Client* client : clients_) client->session_.close(End::kLocal);
+    if (is_open_) pump();   // says goodbye, and tells the clients
   }
   wake_.notify_all();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
+  const std::lock_guard lock(mutex_);
+  is_open_ = false;
+  port_.close();
 }
 
 void Hub::unlisten(Greeter& greeter) noexcept {
@@ -82,6 +103,7 @@ bool Hub::is_lost() noexcept {
 }
 
 std::size_t Hub::pump() noexcept {
+  if (!is_open_) return 0;
   std::size_t moved = 0;
   for (std::size_t i = 0; i < kBurstsPerLook; ++i) {
     const Nanoseconds now = now_ns();

@@ -111,8 +111,7 @@ void DpdkLane::on_event(Nanoseconds now, const Event& event) noexcept {
     case EventKind::kEstablished: return;
     case EventKind::kOffered: return on_offered(now, event);
     case EventKind::kClosed: {
-      const bool here = event.end == End::kCancelled || event.end == End::kCorrupt;
-      return shut(event.end, here ? "it was closed here" : "the other end is gone");
+      return shut(event.end, event.end == End::kPeerLost ? "the other end is gone" : "it was closed here");
     }
     case EventKind::kEnded: break;
   }

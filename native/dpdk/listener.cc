@@ -161,7 +161,10 @@ class MemifListener final : public Listener {
       throw LaneError(error_text("listening at " + path_));
     }
   }
-  ~MemifListener() override { ::unlink(path_.c_str()); }
+  ~MemifListener() override {
+    ::unlink(path_.c_str());
+    for (unsigned i = 0; i < served_; ++i) ::unlink((path_ + "." + std::to_string(i)).c_str());  // the driver leaves them
+  }
 
   [[nodiscard]] std::string address() const override { return "memif|" + path_; }
   [[nodiscard]] int wait_fd() const noexcept override { return socket_.get(); }

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "dpdk/eal.h"
+#include "dpdk/hub.h"
 #include "dpdk/lane.h"
 #include "dpdk/port.h"
 
@@ -22,9 +23,9 @@ Memory parse_memory(const std::string& name) {
 template <typename T>
 py::capsule wrap(std::unique_ptr<T> made, const char* name) {
   auto* box = new std::unique_ptr<T>(std::move(made));
-  return {box, name, [](PyObject* capsule) {
-            delete static_cast<std::unique_ptr<T>*>(PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
-          }};
+  return py::capsule(box, name, [](PyObject* capsule) {
+    delete static_cast<std::unique_ptr<T>*>(PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
+  });
 }
 
 py::dict to_dict(const EalFacts& facts) {
@@ -56,7 +57,13 @@ PYBIND11_MODULE(_dpdk, module) {
       py::arg("memory") = "auto", py::arg("memory_mb") = 128, py::arg("pci") = std::vector<std::string>{},
       py::arg("iova") = "", "Start EAL, once in a process. Raises: DpdkError.");
   module.def("is_running", &eal_is_running);
-  module.def("stop", &stop_eal, py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "stop",
+      [] {
+        Hub::stop_all();
+        stop_eal();
+      },
+      py::call_guard<py::gil_scoped_release>(), "End every lane, close every port, let go of EAL's memory and files.");
   module.def("why_no_hugepages", &why_no_hugepages, py::arg("memory_mb"));
   module.def(
       "listen",

@@ -108,14 +108,15 @@ Port::Port(const PortSpec& spec) : kind_(spec.kind) {
     create_pools(number);
     start();
   } catch (...) {
-    close();
+    remove();
     throw;
   }
 }
 
 void Port::create_pools(const std::string& name) {
-  // af_xdp's frames stand in the pool itself, each inside one page.
-  const std::uint32_t room = kind_ == PortKind::kAfXdp ? 3584 : max_frame_bytes_ + 128;
+  std::uint32_t room = max_frame_bytes_ + 128;
+  if (kind_ == PortKind::kAfXdp) room = 3584;                        // frames stand in the pool itself, each in one page
+  if (kind_ == PortKind::kAfPacket) room = kAfPacketFrameSize + 128; // it wants room for its largest frame
   pool_ = rte_pktmbuf_pool_create(("genie_frames" + name).c_str(), kPoolFrames, kPoolCache, 0,
                                   static_cast<std::uint16_t>(RTE_PKTMBUF_HEADROOM + room), SOCKET_ID_ANY);
   heads_ = rte_pktmbuf_pool_create(("genie_heads" + name).c_str(), kPoolHeads, kPoolCache, 0,
@@ -143,7 +144,12 @@ void Port::start() {
 Port::~Port() { close(); }
 
 void Port::close() noexcept {
+  if (pool_ == nullptr && heads_ == nullptr) return;
   flush();
+  remove();
+}
+
+void Port::remove() noexcept {
   std::uint16_t id = 0;
   if (rte_eth_dev_get_port_by_name(device_.c_str(), &id) == 0) {
     rte_eth_dev_stop(id);
@@ -193,6 +199,10 @@ rte_mbuf* Port::gather(const Mac& to, const protocol::OutgoingFrame& frame) noex
   rte_mbuf* head = both[0];
   rte_mbuf* tail = both[1];
   auto* at = reinterpret_cast<std::byte*>(rte_pktmbuf_append(head, static_cast<std::uint16_t>(kEthernetBytes + frame.head_bytes)));
+  if (at == nullptr) {
+    rte_pktmbuf_free_bulk(both, 2);
+    return nullptr;
+  }
   write_ethernet(at, to);
   std::memcpy(at + kEthernetBytes, frame.head.data(), frame.head_bytes);
   // Its own buffer, which is not used while another one is attached, holds the count of owners.

@@ -50,6 +50,8 @@ class Port {
   // Of a protocol frame, Ethernet header not counted.
   [[nodiscard]] std::uint32_t max_frame_bytes() const noexcept { return max_frame_bytes_; }
   [[nodiscard]] bool is_up() const noexcept;
+  // No other function may be called after this one.
+  void close() noexcept;
 
   // Queues a frame; every kBurst of them, and flush(), hand them to the driver. What it does not take is dropped: the
   // protocol sends it again. When flush() has returned, no driver reads the source of any frame.
@@ -79,7 +81,7 @@ class Port {
  private:
   void create_pools(const std::string& name);
   void start();
-  void close() noexcept;
+  void remove() noexcept;
   [[nodiscard]] rte_mbuf* gather(const Mac& to, const protocol::OutgoingFrame& frame) noexcept;
   [[nodiscard]] rte_mbuf* linearise(const Mac& to, const protocol::OutgoingFrame& frame) noexcept;
   void write_ethernet(std::byte* at, const Mac& to) const noexcept;
