@@ -137,6 +137,13 @@ class Remote:
         flat["fallbacks"] = float(sum(stats["fallbacks"].values()))
         return flat
 
+    def stats(self) -> dict[str, Any]:
+        """All of genie.get_stats(); of other backends nothing is known."""
+        if self._backend != "genie":
+            return {"by_reason": {}, "seconds": {}, "fragment_runs": 0}
+        stats: dict[str, Any] = self._genie.get_stats()
+        return stats
+
     def refusals(self) -> dict[str, str]:
         """Fragments that Inductor refused on the worker, with the reason."""
         if self._backend != "genie":

@@ -1,11 +1,14 @@
 """Run PyTorch graphs on remote workers: `torch.compile(model, backend="genie")`.
 
 Everything is imported on first use, so that a worker can start without the face and `import genie_dynamo` is quick.
+The device `remote_accelerator` is made known to torch when torch is there (genie_dynamo/device/__init__.py).
 """
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from genie_dynamo.device import arrange
 
 __version__ = "0.1.0"
 
@@ -94,3 +97,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+arrange()

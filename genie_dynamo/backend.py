@@ -24,6 +24,8 @@ from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import UnsupportedGraphError
 from genie_dynamo.core.fragment import encode
 from genie_dynamo.core.plan import GuardFacts
+from genie_dynamo.device.compiled import is_on_device, recorded
+from genie_dynamo.parts import Parts
 from genie_dynamo.passes.facts import read_facts, read_guards
 from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
 from genie_dynamo.passes.pipeline import run_pipeline
@@ -81,18 +83,21 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
             homes: what a forward graph tells its backward graph.
     Raises: UnsupportedGraphError in strict mode.
     """
+    if is_on_device(gm):
+        return recorded(gm)
     label = f"{kind} graph {next(_numbers)}"
     local = _boxed(gm, kind)
     facts = read_facts(gm, kind)
     namespaces = _namespaces(gm)
     # Whether a worker really has the op libraries shows when the fragment is loaded there.
     reasons = unsupported_reasons(gm, namespaces) + _foreign_devices(gm)
+    keep_state = config.awareness == "full" and kind != "backward"
     session = lambda: sessions.session(namespaces)  # noqa: E731 - it is handed on
 
-    def build(assign: Assign | None, workers: Sequence[str], count: int) -> RemoteGraph:
-        plan = plan_graph(gm, facts, guards, assign=assign, num_workers=count)
+    def build(assign: Assign | None, workers: Sequence[str], count: int, over: fx.GraphModule = gm) -> RemoteGraph:
+        plan = plan_graph(over, facts, guards, assign=assign, num_workers=count, keep_state=keep_state and over is gm)
         specs = {
-            f.fragment_id: encode(lower_fragment(gm, node_names=f.node_names, inputs=f.inputs, outputs=f.outputs))
+            f.fragment_id: encode(lower_fragment(over, node_names=f.node_names, inputs=f.inputs, outputs=f.outputs))
             for f in plan.fragments
         }
         return RemoteGraph(plan, specs, GraphInfo(kind == "backward", facts.bumped, label), config, session, local,
@@ -102,6 +107,7 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
         if reasons:
             return _fall_back(label, reasons, local, config)
         first = build(assign, (), num_workers)
+        parts = Parts.of(gm, facts, config, label) if assign is None else Parts()
     except UnsupportedGraphError as error:
         return _fall_back(label, (str(error),), local, config)
     if not first.plan.fragments:
@@ -109,8 +115,8 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
         return local
     if assign is not None:
         return first
-    placed = PlacedGraph(gm, facts, config, label, homes or Homes(), session, first,
-                         lambda assign, workers: build(assign, workers, len(workers)))
+    placed = PlacedGraph(gm, facts, config, label, homes or Homes(), session, first, parts,
+                         lambda over, assign, workers: build(assign, workers, len(workers), over))
     for watch in observers:
         watch(placed)
     return placed

@@ -135,7 +135,11 @@ def _explain(graph: PlacedGraph, facts: worker_facts.Facts, session: Session) ->
     by_worker: dict[int, float] = {}
     for fragment in plan.fragments:
         by_worker[fragment.worker] = by_worker.get(fragment.worker, 0.0) + _sum(estimates, fragment.node_names)
-    rows = tuple(_row(graph.gm, plan, fragment, names, estimates, partition, region_of,
+    over = graph.gm
+    if partition is not None and partition.split is not None:
+        over = partition.split.gm
+        region_of = {name: region_of[origin] for name, origin in partition.split.origin.items() if origin in region_of}
+    rows = tuple(_row(over, plan, fragment, names, estimates, partition, region_of,
                       _share(measured.get(names[fragment.worker]), _sum(estimates, fragment.node_names),
                              by_worker[fragment.worker])) for fragment in plan.fragments)
     return GraphPlan(

@@ -24,9 +24,11 @@ from genie_dynamo.core.errors import (
     UnsupportedGraphError,
     WorkerLostError,
 )
+from genie_dynamo.parts import Parts, rows_for_backward
 from genie_dynamo.passes.costs.symbols import SymbolBinding
 from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.partition import Partition, partition
+from genie_dynamo.passes.pipelining import pipeline_partition
 from genie_dynamo.passes.placement.interfaces import Limits
 from genie_dynamo.passes.placement.planner import Planner
 from genie_dynamo.passes.planning import Assign
@@ -39,7 +41,7 @@ log = logging.getLogger(__name__)
 TIME_LIMIT_S = 0.5
 """What planning one graph may take of the call that it happens before."""
 
-Build = Callable[[Assign, Sequence[str]], RemoteGraph]
+Build = Callable[[fx.GraphModule, Assign, Sequence[str]], RemoteGraph]
 
 
 @dataclass(slots=True)
@@ -48,6 +50,7 @@ class Homes:
 
     workers: tuple[str, ...] = ()
     of_value: Mapping[str, int] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)      # value -> dim of its rows, where the batch is cut
 
 
 class PlacedGraph:
@@ -55,11 +58,12 @@ class PlacedGraph:
 
     Args:
         anywhere: the graph as it runs on any one worker.
-        build: makes the graph for an assignment of its nodes to named workers.
+        parts: the graph over parts of its batch, where that is wanted and possible.
+        build: makes a graph (this one, or that over parts) for an assignment of its nodes to named workers.
     """
 
     def __init__(self, gm: fx.GraphModule, facts: GraphFacts, config: Config, label: str, homes: Homes,
-                 get_session: Callable[[], Session], anywhere: RemoteGraph, build: Build) -> None:
+                 get_session: Callable[[], Session], anywhere: RemoteGraph, parts: Parts, build: Build) -> None:
         self._boxed_call = True
         self.gm, self.facts, self.label = gm, facts, label
         self.observed = False                             # symbol_values are those of the last call
@@ -68,6 +72,7 @@ class PlacedGraph:
         self._lock = threading.Lock()
         self._workers: tuple[str, ...] = ()               # that `current` needs; empty: any will do
         self._get_session, self._build = get_session, build
+        self.parts = parts
         self._anywhere = self._current = anywhere
         self._key: Any = None
         self._symbols = SymbolBinding(gm)
@@ -79,6 +84,8 @@ class PlacedGraph:
 
     def __call__(self, args: list[Any]) -> tuple[Any, ...]:
         session = self._get_session()
+        if self.parts.refusal:
+            session.telemetry.event(f"microbatches not used: {self.parts.refusal}")
         if len(session.links) > 1 and self._lock.acquire(blocking=False):
             try:
                 self._place(session, args)
@@ -101,16 +108,21 @@ class PlacedGraph:
 
     def _make_whole(self) -> None:
         self._current, self._workers = self._anywhere, ()
-        self._homes.workers, self._homes.of_value = (), {}
+        self._homes.workers, self._homes.of_value, self._homes.rows = (), {}, {}
 
     def price(self, facts: worker_facts.Facts) -> Partition:
         """What placement says of this graph for the sizes of the last observed call.
 
         Raises: PlacementError, CostError.
         """
+        limits = Limits(time_limit_s=TIME_LIMIT_S, latency_bound_s=self._config.latency_bound_s)
         with no_long_pauses(TIME_LIMIT_S):
+            if self.parts.split is not None:
+                return pipeline_partition(self.gm, self.facts, self.parts.split, facts.workers, facts.lanes,
+                                          self._config.policy, Planner(time.monotonic), limits,
+                                          aware=self._config.awareness == "full")
             return partition(self.gm, self.facts, facts.workers, facts.lanes, self._config.policy,
-                             Planner(time.monotonic), Limits(time_limit_s=TIME_LIMIT_S),
+                             Planner(time.monotonic), limits, aware=self._config.awareness == "full",
                              symbol_values=self.symbol_values)
 
     def _place(self, session: Session, args: Sequence[Any]) -> None:
@@ -136,28 +148,36 @@ class PlacedGraph:
             log.info("%s cannot be priced or cut, and stays on one worker: %s", self.label, error)
             self._make_whole()
         except PlacementError as error:
-            log.warning("%s does not fit the workers by estimate, and runs whole on one: %s", self.label, error)
+            log.warning("%s has no placement under %s by estimate, and runs whole on one worker: %s", self.label,
+                        self._config.policy, error)
             self._make_whole()
 
     def _settle(self, found: Partition) -> None:
         """Go by a partition from now on."""
         if len(found.workers) > 1:
-            cut = self._build(lambda node: found.assign.get(node.name, 0), found.workers)
+            over = self.gm if found.split is None else found.split.gm
+            cut = self._build(over, lambda node: found.assign.get(node.name, 0), found.workers)
             log.info("%s is cut over %s: %.3g ms estimated", self.label, ", ".join(found.workers), found.est_s * 1e3)
             self._current, self._workers = cut, found.workers
             self._homes.workers, self._homes.of_value = found.workers, found.assign
+            self._homes.rows = {} if found.split is None else rows_for_backward(found.split, self.facts)
             return
         self._make_whole()
         if found.pinned:
-            self._current, self._workers = self._build(lambda node: 0, found.workers), found.workers
+            self._current, self._workers = self._build(self.gm, lambda node: 0, found.workers), found.workers
 
     def _follow(self) -> None:
         """A backward graph runs where the activations are that it reads."""
         if len(self._homes.workers) < 2:
             self._current = self._anywhere
             return
-        assign = _follow(self.gm, self._homes.of_value)
-        self._current = self._build(lambda node: assign[node], self._homes.workers)
+        assign = {node.name: worker for node, worker in _follow(self.gm, self._homes.of_value).items()}
+        split = self.parts.of_backward(self.gm, self.facts, self._homes.rows, self._config.microbatches)
+        if split is None:
+            self._current = self._build(self.gm, lambda node: assign[node.name], self._homes.workers)
+            return
+        origin = split.origin
+        self._current = self._build(split.gm, lambda node: assign[origin[node.name]], self._homes.workers)
 
 
 def _follow(gm: fx.GraphModule, homes: Mapping[str, int]) -> dict[fx.Node, int]:

@@ -17,6 +17,7 @@ from torch import fx
 
 from genie_dynamo.core.errors import UnsupportedGraphError
 from genie_dynamo.core.plan import RNG_STATE, Fragment, GuardFacts, Output, Plan, rng_after, verify_plan
+from genie_dynamo.passes.deltas import find_deltas
 from genie_dynamo.passes.facts import GraphFacts, draws_random_numbers
 
 Assign = Callable[[fx.Node], int]
@@ -24,10 +25,12 @@ Assign = Callable[[fx.Node], int]
 
 
 def plan_graph(gm: fx.GraphModule, facts: GraphFacts, guards: GuardFacts | None = None, *,
-               assign: Assign | None = None, num_workers: int = 1) -> Plan:
+               assign: Assign | None = None, num_workers: int = 1, keep_state: bool = False) -> Plan:
     """A verified plan of the graph.
 
     Args:    assign: node -> worker; None puts all on worker 0.
+             keep_state: outputs and new contents of inputs may stay on their workers; what the caller can rebuild
+             from fewer bytes does not come whole.
     Raises:  UnsupportedGraphError where a mutation is not the epilogue AOTAutograd makes; PlanError on our own bugs.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -37,6 +40,10 @@ def plan_graph(gm: fx.GraphModule, facts: GraphFacts, guards: GuardFacts | None 
     outputs = _output_rules(gm, facts, index_of, epilogue)
     wanted = {o.name for o in outputs} | {source.name for _, source in epilogue.values()}
     views, groups = _shared_memory(gm, {o.name for o in outputs if o.kind == "value"})
+    state = _state(outputs, epilogue, views, groups, body) if keep_state else ()
+    mutated = {node: source.name for node, source in _mutated(placeholders, epilogue)}
+    rebuilds = find_deltas(state, mutated)
+    wanted.update(piece for recipe in rebuilds for piece in recipe.names("piece"))
     plan = Plan(
         graph_id=hashlib.sha256(gm.code.encode()).hexdigest(),
         inputs=tuple(node.name for node in placeholders),
@@ -47,6 +54,8 @@ def plan_graph(gm: fx.GraphModule, facts: GraphFacts, guards: GuardFacts | None 
         num_workers=num_workers,
         aliases=tuple(group for group in groups.values() if len(group) > 1),
         input_views=views,
+        state=tuple(node.name for node in state),
+        rebuilds=rebuilds,
         guards=guards or GuardFacts(),
     )
     verify_plan(plan, {n.name: tuple(dict.fromkeys(i.name for i in n.all_input_nodes)) for n in body})
@@ -118,6 +127,22 @@ def _shared_memory(gm: fx.GraphModule,
         elif node.name in returned:
             groups[memory] = (*groups.get(memory, ()), node.name)
     return tuple(views), groups
+
+
+def _mutated(placeholders: Sequence[fx.Node],
+             epilogue: dict[fx.Node, tuple[int, fx.Node]]) -> list[tuple[fx.Node, fx.Node]]:
+    """(input, node of its new content), for the inputs that are written to."""
+    return [(placeholders[index], source) for index, source in epilogue.values()]
+
+
+def _state(outputs: Sequence[Output], epilogue: dict[fx.Node, tuple[int, fx.Node]],
+           views: Sequence[tuple[str, str]], groups: dict[int, tuple[str, ...]],
+           body: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """The tensors that the caller gets in memory of their own: each of them may be state that comes back."""
+    shared = {name for name, _ in views} | {name for group in groups.values() if len(group) > 1 for name in group}
+    names = {o.name for o in outputs if o.kind == "value"} | {source.name for _, source in epilogue.values()}
+    return tuple(node for node in body
+                 if node.name in names - shared and _is_tensor(node) and node.meta["val"].layout is torch.strided)
 
 
 def _is_tensor(node: fx.Node) -> bool:

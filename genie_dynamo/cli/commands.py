@@ -160,6 +160,8 @@ def add_worker(parser: Parser, subparsers: Any) -> None:
                          help="listen beyond this machine without keys: whoever connects can run computations")
     command.add_argument("--memory-limit-gib", type=positive_float, metavar="GIB",
                          help="memory of this process (default: the machine's)")
+    command.add_argument("--resident-quota-gib", type=positive_float, metavar="GIB",
+                         help="what one session may keep here between calls (default: 60 %% of the memory limit)")
     command.add_argument("--log-level", default="WARNING", metavar="LEVEL", type=str.upper,
                          choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
                          help="DEBUG, INFO, WARNING, ERROR or CRITICAL (default: WARNING)")
@@ -170,12 +172,13 @@ def run_worker(arguments: argparse.Namespace) -> int:
     from genie_dynamo.runtime.worker.main import WorkerOptions
     from genie_dynamo.runtime.worker.main import run_worker as serve
 
-    limit_gib = arguments.memory_limit_gib
+    limit_gib, quota_gib = arguments.memory_limit_gib, arguments.resident_quota_gib
     serve(WorkerOptions(
         bind=arguments.bind, device=arguments.device, num_threads=arguments.threads,
         op_libraries=tuple(arguments.op_library), keys=arguments.keys,
         allow_unauthenticated=arguments.allow_anyone_on_the_network,
-        memory_limit_bytes=None if limit_gib is None else int(limit_gib * 2**30), log_level=arguments.log_level))
+        memory_limit_bytes=None if limit_gib is None else int(limit_gib * 2**30),
+        resident_quota_bytes=None if quota_gib is None else int(quota_gib * 2**30), log_level=arguments.log_level))
     return 0
 
 

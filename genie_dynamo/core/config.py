@@ -191,12 +191,13 @@ class Config:
     """Every option. Make one with `Config.build(...)`; a direct construction is checked too."""
 
     policy: Policy = field(default="min_latency", metadata=_per_compile(
-        _not_yet(_choice("min_latency", "max_throughput", "min_cost"), "min_latency", "max_throughput"),
-        "what placement minimises"))
+        _choice("min_latency", "max_throughput", "min_cost"), "what placement minimises; min_cost needs prices in "
+        "cluster.yaml"))
+    latency_bound_s: float | None = field(default=None, metadata=_per_compile(
+        _optional(_number(0, 1e6, above=True)), "min_cost: the longest estimate that a graph's call may have"))
     awareness: Awareness = field(default="full", metadata=_per_compile(
         _choice("full", "weights", "blind"),
-        "what stays on workers: full (all that may; caches and other state not yet), weights, blind "
-        "(nothing)"))
+        "what stays on workers: full (weights, and caches and other state), weights, blind (nothing)"))
     worker_compiler: WorkerCompiler = field(default="flat", metadata=_per_compile(
         _choice("flat", "inductor", "auto"), "how workers run a fragment; auto takes the faster"))
     strict: bool = field(default=False, metadata=_per_compile(
@@ -212,7 +213,7 @@ class Config:
     parameters: Literal["local", "remote"] = field(default="local", metadata=_per_compile(
         _not_yet(_choice("local", "remote"), "local"), "where the truth of parameters is"))
     microbatches: int = field(default=1, metadata=_per_compile(
-        _not_yet(_integer(1, 4096), 1), "parts that a batch is cut into to fill a pipeline"))
+        _integer(1, 4096), "parts that a batch is cut into, so that they follow each other through workers"))
     require_lane: str | None = field(default=None, metadata=_per_compile(
         _optional(_choice("zmq", "stream", "tcp", "shm", "dpdk")),
         "refuse to run when payload would use another lane"))
@@ -231,6 +232,9 @@ class Config:
         _optional(_integer(1, MAX_THREADS)), "compute threads of an embedded worker (None: shared out)"))
     fingerprint_samples: int = field(default=8, metadata=_per_session(
         _integer(0, 4096), "elements sampled per trainable parameter to see edits that torch does not count"))
+    resident_quota_gib: float | None = field(default=None, metadata=_per_session(
+        _optional(_number(0, 1e6, above=True)),
+        "GiB that a session may keep on an embedded worker (None: 60 % of its memory limit)"))
     progress: Progress = field(default="auto", metadata=_per_session(
         _choice("auto", "on", "off"), "progress bars: on a terminal, always, never"))
     workers: int | tuple[str, ...] | None = field(default=None, metadata=_per_session(
@@ -250,6 +254,9 @@ class Config:
                 f"heartbeat_timeout_s={self.heartbeat_timeout_s:g} leaves no room for a lost heartbeat at "
                 f"heartbeat_interval_s={self.heartbeat_interval_s:g}; make it at least twice the interval",
                 option="heartbeat_timeout_s")
+        if self.latency_bound_s is not None and self.policy != "min_cost":
+            raise ConfigError(f"latency_bound_s={self.latency_bound_s:g} bounds min_cost; policy={self.policy!r} has no "
+                              "use for it", option="latency_bound_s")
         if self.workers is not None and self.cluster is not None:
             raise ConfigError(
                 f"both workers={self.workers!r} and cluster={self.cluster!r} are given; keep one of them",

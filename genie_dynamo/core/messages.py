@@ -6,7 +6,10 @@ frames. `to_wire` and `from_wire` convert; an unknown tag, a wrong arity or a wr
 Field types:
     tensor   `(dtype code, shape, stride, payload[, gaps])`; see core/tensors.py. The payload is raw bytes
              where small and otherwise the index of a payload frame.
-    argument an int, float, bool or None; or `(RESIDENT, tensor id, epoch)`; or `(INLINE, tensor)`.
+    argument an int, float, bool or None; or `(INLINE, tensor)`; or a handle: `(RESIDENT, tensor id, epoch)` of a
+             parameter, a buffer or an activation, `(HELD, tensor id, epoch[, (shape, stride, offset)])` of state, or of
+             a view of it (offset in elements from its first), `(STORE, tensor id, epoch, tensor)` of state whose
+             content comes along. Templates remember RESIDENT arguments, never state: it changes with every call.
     value    an int, float, bool or None; or `(INLINE, tensor)`; or a view of memory that several values share:
              `(SPAN, uint8 tensor, view)` brings the memory, `(ALIAS, index of the value with the SPAN, view)` refers
              to it; `(INPUT_VIEW, view)` is one of the memory of the call's own input, with the offset counted from
@@ -25,6 +28,8 @@ INLINE = 1
 ALIAS = 2
 SPAN = 3
 INPUT_VIEW = 4
+HELD = 5
+STORE = 6
 
 
 class Hello(NamedTuple):
@@ -88,11 +93,12 @@ class Run(NamedTuple):
     call_id: int
     arguments: tuple[Any, ...]               # aligned with program.inputs
     keeps: tuple[tuple[int, int], ...]       # (tensor id, epoch) for program.keeps, in order; empty: return them
-    incoming: tuple[tuple[int, int], ...]    # (tensor id, epoch) that a Put on its way will bring
+    incoming: tuple[tuple[int, int], ...]    # (tensor id, epoch) that a Put or a Run before this one brings
     frees: tuple[tuple[int, int], ...]       # (tensor id, epoch) no longer needed
     template: int = 0
     """Resident arguments need not be said in every call. n > 0: remember this call's as template n of the program;
     -n: take them from template n, `arguments` holds the others; 0: neither. Only epochs >= 1 are remembered."""
+    state: tuple[tuple[int, int], ...] = ()  # (tensor id, epoch) for program.state, in order; (0, 0) or empty: not kept
 
 
 class Partial(NamedTuple):
@@ -111,6 +117,8 @@ class Result(NamedTuple):
     compute_s: float
     queue_s: float
     resident_bytes: int
+    state: tuple[Any, ...] = ()              # (dtype code, shape, stride) per program.state, or None; empty: none kept
+    evicted: tuple[tuple[int, int], ...] = ()    # (tensor id, epoch) that had to go since the last Result
 
 
 class Failure(NamedTuple):
@@ -224,11 +232,13 @@ _FIELD_TYPES: dict[str, Any] = {
     "incoming": tuple, "frees": tuple, "values": tuple, "kept": tuple, "compute_s": _NUMBER, "queue_s": _NUMBER,
     "resident_bytes": int, "kind": str, "message": str, "value_id": int, "tensors": tuple, "value": object,
     "info": object, "template": int, "lanes": tuple, "fresh": bool, "address": str, "key": str, "size_bytes": int,
+    "state": tuple, "evicted": tuple,
 }
 _CHECKS: tuple[tuple[Any, ...], ...] = tuple(tuple(_FIELD_TYPES[f] for f in cls._fields) for cls in _TYPES)
-_PAIR_FIELDS = frozenset({"keeps", "incoming", "frees", "tensors"})
+_PAIR_FIELDS = frozenset({"keeps", "incoming", "frees", "tensors", "evicted"})
 _PAIRS: tuple[tuple[int, ...], ...] = tuple(
-    tuple(index for index, field in enumerate(cls._fields, 1) if field in _PAIR_FIELDS) for cls in _TYPES)
+    tuple(index for index, field in enumerate(cls._fields, 1)
+          if field in _PAIR_FIELDS or (cls is Run and field == "state")) for cls in _TYPES)
 
 
 def to_wire(message: Message) -> tuple[Any, ...]:

@@ -6,10 +6,12 @@ of random ops is a value too, named RNG_STATE at entry and `rng@<fragment id>` a
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from genie_dynamo.core.errors import PlanError
+from genie_dynamo.core.rebuild import Rebuild, Step, recipe_problems
 
 RNG_STATE = "rng@entry"
 
@@ -74,6 +76,8 @@ class Plan:
     num_workers: int
     aliases: tuple[tuple[str, ...], ...] = ()     # groups of returned values that share memory
     input_views: tuple[tuple[str, str], ...] = () # (returned value, input whose memory it is a view of)
+    state: tuple[str, ...] = ()                   # outputs and new contents of inputs that may stay under a handle too
+    rebuilds: tuple[Rebuild, ...] = ()            # those of them that the caller makes itself, from rows that travel
     guards: GuardFacts = field(default_factory=GuardFacts)
 
     def producer(self, value: str) -> Fragment | None:
@@ -90,10 +94,17 @@ class Plan:
         return rng_after(last[-1].fragment_id) if last else None
 
     def returned_values(self) -> tuple[str, ...]:
-        """Value names that come back to the caller, each once: outputs, new contents of mutated inputs, the rng."""
+        """Value names that come back to the caller, each once: outputs, new contents of mutated inputs, the rng.
+
+        Of a value that the caller rebuilds only the pieces come back. A generator state that is among the saved values
+        stays on its worker.
+        """
         names = [o.name for o in self.outputs if o.kind == "value"]
         names += [name for _, name in self.mutations]
-        if self.final_rng:
+        rebuilt = {recipe.value for recipe in self.rebuilds}
+        names = [name for name in names if name not in rebuilt]
+        names += [piece for recipe in self.rebuilds for piece in recipe.names("piece")]
+        if self.final_rng and self.final_rng not in self.saved_values():
             names.append(self.final_rng)
         return tuple(dict.fromkeys(names))
 
@@ -115,7 +126,10 @@ class Plan:
             data["fragments"] = tuple(Fragment(**_tuples(f)) for f in data["fragments"])
             data["outputs"] = tuple(Output(**o) for o in data["outputs"])
             data["guards"] = GuardFacts(**_tuples(data["guards"]))
-            for name in ("inputs", "static_inputs", "mutations", "aliases", "input_views"):
+            data["rebuilds"] = tuple(
+                Rebuild(value=r["value"], steps=tuple(Step(**_tuples(step)) for step in r["steps"]))
+                for r in data["rebuilds"])
+            for name in ("inputs", "static_inputs", "mutations", "aliases", "input_views", "state"):
                 data[name] = _tuple(data[name])
             return cls(**data)
         except (TypeError, KeyError, ValueError) as exc:
@@ -130,6 +144,7 @@ class Plan:
             lines.append(
                 f"{f.fragment_id:>8} {f.worker:>6} {len(f.node_names):>6} {len(f.inputs):>4} {len(f.outputs):>4}{note}"
             )
+        lines += [f"{recipe.value} is rebuilt by the caller: {recipe}" for recipe in self.rebuilds]
         lines += [f"plan: {p.message}" for p in find_problems(self) if p.fragment_id is None]
         return "\n".join(lines)
 
@@ -177,9 +192,35 @@ def find_problems(plan: Plan, node_inputs: dict[str, tuple[str, ...]] | None = N
                  if o.kind == "input" and not 0 <= o.index < len(plan.inputs)]
     problems += [Problem(None, f"mutation of input {i} takes {v}, which no fragment makes")
                  for i, v in plan.mutations if v not in available or not 0 <= i < len(plan.inputs)]
+    problems += [Problem(None, message) for message in _state_problems(plan)]
     if node_inputs is not None:
         problems += [Problem(None, f"node {n} is in no fragment") for n in node_inputs if n not in seen_nodes]
     return problems
+
+
+def _state_problems(plan: Plan) -> Iterator[str]:
+    """What is wrong with the values that stay under handles, and with the recipes for some of them."""
+    made = {v for f in plan.fragments for v in f.outputs}
+    becomes = dict(plan.mutations)
+    comes_back = {o.name for o in plan.outputs if o.kind == "value"} | set(becomes.values())
+    shared = {v for group in plan.aliases if len(group) > 1 for v in group} | {v for v, _ in plan.input_views}
+    for name in plan.state:
+        if name not in made or name not in comes_back:
+            yield f"{name} is to stay under a handle, but is no output of a fragment that the caller gets"
+    for recipe in plan.rebuilds:
+        yield from recipe_problems(recipe)
+        if recipe.value not in plan.state:
+            yield f"{recipe.value} is rebuilt by the caller, but does not stay under a handle"
+        if recipe.value in shared:
+            yield f"{recipe.value} is rebuilt by the caller, but shares memory with another value"
+        for name in recipe.names("piece"):
+            if name not in made:
+                yield f"{recipe.value} is rebuilt from {name}, which no fragment makes"
+        for name in recipe.names("input"):
+            if name not in plan.inputs:
+                yield f"{recipe.value} is rebuilt from {name}, which is no input"
+            elif becomes.get(plan.inputs.index(name), recipe.value) != recipe.value:
+                yield f"{recipe.value} is rebuilt from {name}, which the call overwrites with another value"
 
 
 def _flow_problems(fragment: Fragment, node_inputs: dict[str, tuple[str, ...]]) -> list[Problem]:

@@ -11,6 +11,10 @@ from genie_dynamo.core.errors import ProtocolError
 from genie_dynamo.core.plan import RNG_STATE, Fragment, Plan, rng_after
 
 
+Offers = tuple[tuple[str, int, str], ...]
+"""Native lanes that a worker offers: (name, version, address), best first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FragmentProgram:
     """One fragment as a worker sees it. `spec` is an encoded core.fragment.GraphSpec."""
@@ -30,9 +34,10 @@ class WorkerProgram:
     fragments: tuple[FragmentProgram, ...]
     inputs: tuple[int, ...]                          # value ids the client supplies in each Run, in order
     receives: tuple[int, ...]                        # value ids that other workers push here
-    sends: tuple[tuple[int, str, str], ...]          # (value id, peer address, peer key or "") to push when ready
+    sends: tuple[tuple[int, str, str, Offers], ...]  # (value id, peer address, its key or "", its lanes) to push
     returns: tuple[int, ...]                         # value ids that go back to the client
     keeps: tuple[int, ...]                           # value ids that stay here under a handle
+    state: tuple[int, ...] = ()                      # value ids that also stay here where a Run gives them handles
     aliases: tuple[tuple[int, ...], ...] = ()        # groups of `returns` that share memory
     input_views: tuple[tuple[int, int], ...] = ()    # (one of `returns`, one of `inputs` that it is a view of)
     compiler: str = "flat"                           # "flat" | "inductor" | "auto"
@@ -40,13 +45,13 @@ class WorkerProgram:
     def to_wire(self) -> tuple[Any, ...]:
         fragments = tuple((f.fragment_id, f.spec, f.inputs, f.outputs, f.rng) for f in self.fragments)
         return (self.program_id, fragments, self.inputs, self.receives, self.sends, self.returns, self.keeps,
-                self.aliases, self.input_views, self.compiler)
+                self.state, self.aliases, self.input_views, self.compiler)
 
     @classmethod
     def from_wire(cls, data: Any) -> WorkerProgram:
         """Raises: ProtocolError where the array is not a program."""
         try:
-            program_id, fragments, inputs, receives, sends, returns, keeps, aliases, views, compiler = data
+            program_id, fragments, inputs, receives, sends, returns, keeps, state, aliases, views, compiler = data
             built = tuple(
                 FragmentProgram(fragment_id=_int(i), spec=_bytes(spec), inputs=_ints(a), outputs=_ints(b),
                                 rng=None if rng is None else (_int(rng[0]), _int(rng[1])))
@@ -56,8 +61,8 @@ class WorkerProgram:
                 raise ValueError(f"unknown compiler {compiler!r:.40}")
             return cls(
                 program_id=_int(program_id), fragments=built, inputs=_ints(inputs), receives=_ints(receives),
-                sends=tuple((_int(v), str(address), str(key)) for v, address, key in sends),
-                returns=_ints(returns), keeps=_ints(keeps),
+                sends=tuple((_int(v), str(address), str(key), _offers(lanes)) for v, address, key, lanes in sends),
+                returns=_ints(returns), keeps=_ints(keeps), state=_ints(state),
                 aliases=tuple(_ints(group) for group in aliases),
                 input_views=tuple((_int(v), _int(source)) for v, source in views), compiler=compiler,
             )
@@ -69,6 +74,10 @@ def _int(value: Any) -> int:
     if type(value) is not int:
         raise TypeError(f"expected an integer, got {value!r:.40}")
     return value
+
+
+def _offers(lanes: Any) -> Offers:
+    return tuple((str(name), _int(version), str(address)) for name, version, address in lanes)
 
 
 def _bytes(value: Any) -> bytes:
@@ -92,9 +101,13 @@ def value_ids(plan: Plan) -> dict[str, int]:
 
 
 def static_updates(plan: Plan, made: set[str]) -> list[tuple[int, str]]:
-    """(input position, value) of the parameters and buffers whose new content is among `made`."""
+    """(input position, value) of the parameters and buffers whose new content is among `made` and kept in every call.
+
+    Values of `plan.state` are kept as such.
+    """
     static = set(plan.static_inputs)
-    return [(index, name) for index, name in plan.mutations if index in static and name in made]
+    return [(index, name) for index, name in plan.mutations
+            if index in static and name in made and name not in plan.state]
 
 
 def _wants(fragment: Fragment) -> tuple[str, ...]:
@@ -110,12 +123,12 @@ def worker_programs(
     specs: dict[int, bytes],
     *,
     program_id: int,
-    peers: tuple[tuple[str, str], ...],
+    peers: tuple[tuple[str, str, Offers], ...],
     compiler: str = "flat",
 ) -> dict[int, WorkerProgram]:
     """Each worker's program.
 
-    Args:    specs: fragment id -> encoded GraphSpec.  peers: (address, key) per worker of the plan.
+    Args:    specs: fragment id -> encoded GraphSpec.  peers: (address, key, lanes) per worker of the plan.
     Returns: worker index -> program, for the workers that have a fragment.
     """
     ids = value_ids(plan)
@@ -153,6 +166,7 @@ def worker_programs(
             sends=tuple(sends),
             returns=tuple(ids[v] for v in plan.returned_values() if v in made),
             keeps=tuple(ids[v] for v in keeps),
+            state=tuple(ids[v] for v in plan.state if v in made),
             aliases=tuple(tuple(ids[v] for v in group) for group in plan.aliases if group[0] in made),
             input_views=tuple((ids[v], ids[source]) for v, source in plan.input_views
                               if v in made and source in from_client),

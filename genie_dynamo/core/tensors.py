@@ -215,6 +215,23 @@ def view_of(memory: torch.Tensor, view: View) -> torch.Tensor:
     return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), start, shape, stride)
 
 
+def view_within(base: torch.Tensor, view: Any) -> torch.Tensor:
+    """A view `(shape, stride, offset in elements)` of the elements of a dense tensor, and of nothing beside them.
+
+    Raises: ProtocolError where it is not that.
+    """
+    if type(view) is not tuple or len(view) != 3:
+        raise ProtocolError(f"a view is (shape, stride, offset), got {view!r:.60}")
+    shape, stride, offset = view
+    check_form((DTYPE_CODE[base.dtype], shape, stride, b""))
+    reach = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 if numel(shape) else 0
+    if type(offset) is not int or offset < 0 or offset + reach > base.numel() \
+            or not is_dense(base.shape, base.stride()):
+        raise ProtocolError(f"a view of shape {shape}, stride {stride} and offset {offset!r} reaches beyond the "
+                            f"{base.numel()} elements of {tuple(base.shape)}")
+    return base.as_strided(shape, stride, base.storage_offset() + offset)
+
+
 def view_of_input(source: torch.Tensor, view: View) -> torch.Tensor:
     """A view of a caller's own tensor. Raises: ProtocolError where the offset does not fit the dtype."""
     code, shape, stride, offset_bytes = view

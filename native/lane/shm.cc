@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstddef>
 #include <cstring>
 #include <deque>
 #include <list>
@@ -799,12 +800,24 @@ class ShmLane final : public Lane {
 };
 
 // "@name" is an abstract one: it has no file, and nothing of it is left when its process ends.
-sockaddr_un address_of(const std::string& path) {
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof address.sun_path) throw LaneError("the path of a Unix socket is too long: " + path);
-  std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
-  if (path.starts_with('@')) address.sun_path[0] = '\0';
+struct Address {
+  sockaddr_un name{};
+  socklen_t size = 0;
+
+  [[nodiscard]] const sockaddr* generic() const noexcept { return reinterpret_cast<const sockaddr*>(&name); }
+};
+
+Address address_of(const std::string& path) {
+  Address address;
+  address.name.sun_family = AF_UNIX;
+  if (path.size() >= sizeof address.name.sun_path) throw LaneError("the path of a Unix socket is too long: " + path);
+  std::memcpy(address.name.sun_path, path.c_str(), path.size() + 1);
+  address.size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + path.size());
+  if (path.starts_with('@')) {
+    address.name.sun_path[0] = '\0';
+  } else {
+    ++address.size;   // with its end
+  }
   return address;
 }
 
@@ -812,7 +825,7 @@ class ShmListener final : public Listener {
  public:
   ShmListener(std::string path, const ShmOptions& options) : path_(std::move(path)), options_(options) {
     socket_.reset(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-    const sockaddr_un address = address_of(path_);
+    const Address address = address_of(path_);
     if (!socket_.valid()) throw LaneError(error_text("making a Unix socket"));
     if (!bind_to(address)) throw LaneError(error_text("binding " + path_));
     // Before listen(): until then nobody can connect.
@@ -861,17 +874,16 @@ class ShmListener final : public Listener {
   [[nodiscard]] bool is_abstract() const noexcept { return path_.starts_with('@'); }
 
   // The file that a killed worker has left is removed, if nobody listens there.
-  [[nodiscard]] bool bind_to(const sockaddr_un& address) {
-    const auto* generic = reinterpret_cast<const sockaddr*>(&address);
-    if (::bind(socket_.get(), generic, sizeof address) == 0) return true;
+  [[nodiscard]] bool bind_to(const Address& address) {
+    if (::bind(socket_.get(), address.generic(), address.size) == 0) return true;
     if (errno != EADDRINUSE || is_abstract()) return false;
     const Fd probe(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-    if (::connect(probe.get(), generic, sizeof address) == 0 || errno != ECONNREFUSED) {
+    if (::connect(probe.get(), address.generic(), address.size) == 0 || errno != ECONNREFUSED) {
       errno = EADDRINUSE;
       return false;
     }
     ::unlink(path_.c_str());
-    return ::bind(socket_.get(), generic, sizeof address) == 0;
+    return ::bind(socket_.get(), address.generic(), address.size) == 0;
   }
 
   void watch(int fd) {
@@ -918,9 +930,9 @@ std::unique_ptr<Listener> listen_shm(const std::string& path, const ShmOptions& 
 std::unique_ptr<Lane> connect_shm(const std::string& path, std::chrono::milliseconds timeout,
                                   const ShmOptions& options) {
   Fd fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  const sockaddr_un address = address_of(path);
+  const Address address = address_of(path);
   if (!fd.valid()) throw LaneError(error_text("making a Unix socket"));
-  if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
+  if (::connect(fd.get(), address.generic(), address.size) != 0) {
     throw LaneError(error_text("connecting to " + path));
   }
   check_peer(fd.get());

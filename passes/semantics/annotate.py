@@ -33,6 +33,7 @@ Classifier = Callable[[GraphView, Region], tuple[str, float] | None]
 """A second opinion on a region that the rules are unsure of: (kind, confidence), or None."""
 
 log = logging.getLogger(__name__)
+_DOUBTED = 0.65        # of a workload whose inputs may be something else
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +65,16 @@ class Annotator:
         rule = find_phase_rule(report.found) if part != "backward" else None
         phase = _phase(part, rule, report.found, view)
         regions, containers = self._regions(view, report.found, masks, phase)
-        modalities = tuple(dict.fromkeys(modality for modality, _ in inputs.values()))
+        modalities = tuple(dict.fromkeys(reading.modality for reading in inputs.values()))
         workload, sure, why = find_workload(
             report.found, modalities, [c.variant for c in containers], [c.kind for c in containers])
         disabled = [f"pattern {status.pattern.name} {status.pattern.version} is disabled: {status.disabled}"
                     for status in self.registry.statuses() if status.disabled]
-        warnings = [*disabled, *_doubts(regions)]
+        warnings = [*disabled, *_doubts(regions), *(
+            f"input {node.name} is taken for {reading.modality}: {reading.doubt}"
+            for node, reading in inputs.items() if reading.doubt)]
+        if any(reading.doubt for reading in inputs.values()):
+            sure = min(sure, _DOUBTED)
         if sure < TRUSTED_CONFIDENCE:
             warnings.append(f"the workload is {workload} with confidence {sure:.2f} only: {why}")
         graph = SemanticGraph(

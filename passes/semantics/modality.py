@@ -6,6 +6,7 @@ sound into one over time. Names count only where structure says nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from genie_dynamo.passes.semantics.engine import Found
 from genie_dynamo.passes.semantics.ops import ELEMENTWISE, VIEWS
@@ -16,30 +17,55 @@ _BIT = {name: 1 << index for index, name in enumerate(MODALITIES)}
 _FIRST = ELEMENTWISE | VIEWS | {"cat", "stack", "batch_norm", "layer_norm", "item", "as_strided", "unfold", "stft"}
 _LOOKUPS = frozenset({"embedding", "embedding_bag"})
 _MIXING = frozenset({"attention", "state_space", "recurrent"})
-_HINTS = (("vision", ("pixel", "image", "vision", "frames")), ("audio", ("audio", "speech", "wave", "mel")),
+_HINTS = (("vision", ("pixel", "image", "vision", "visual", "frames")),
+          ("audio", ("audio", "speech", "wave", "mel", "spect")),
           ("text", ("input_ids", "inputs_embeds", "token", "text")))
 
 
-def classify_inputs(view: GraphView, found: Sequence[Found]) -> dict[ViewNode, tuple[str, str]]:
-    """(modality, why) of each input that carries one."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an input carries, and why. doubt: what else it may be, or ""."""
+
+    modality: str
+    why: str
+    doubt: str = ""
+
+
+def classify_inputs(view: GraphView, found: Sequence[Found]) -> dict[ViewNode, Reading]:
+    """What each input carries, for those that carry a modality."""
     mixed = 0
     for region in found:
         if region.match.kind in _MIXING:
             mixed |= region.match.core[0].taint
-    return {node: guess for node in view.data_inputs if (guess := _classify(view, node, mixed)) is not None}
+    states = _states(view, found)
+    return {node: guess for node in view.data_inputs if node not in states and
+            (guess := _classify(view, node, mixed)) is not None}
 
 
-def _classify(view: GraphView, node: ViewNode, mixed: int) -> tuple[str, str] | None:
+def _states(view: GraphView, found: Sequence[Found]) -> set[ViewNode]:
+    """Inputs that hold what earlier calls left: read first within a block that carries a state, beside its values."""
+    states: set[ViewNode] = set()
+    for region in found:
+        if region.match.kind == "recurrent":
+            states |= {view.through_views(p) for node in region.match.core for p in node.inputs[1:] if not p.weighted}
+        elif region.match.kind == "state_space" and region.match.annotations.get("past"):
+            inside = set(region.nodes)
+            states |= {p for node in region.nodes for p in node.inputs
+                       if p.kind == "input" and p.is_float and inside.issuperset(p.users)}
+    return states
+
+
+def _classify(view: GraphView, node: ViewNode, mixed: int) -> Reading | None:
     reached = list(view.forward(node, _FIRST, 160))
     if node.is_int:
         if any(n.op == "embedding_bag" for n in reached):
-            return "tabular", "ids of a sparse bag"
+            return Reading("tabular", "ids of a sparse bag")
         reads = [n for n in reached if n.op == "embedding" and not _is_position(view, n)]
         if not reads:
             return None
         if mixed & node.taint and node.rank >= 2:
-            return "text", "ids of an embedding that a sequence is made of"
-        return "tabular", "ids of an embedding, and no sequence is mixed"
+            return Reading("text", "ids of an embedding that a sequence is made of")
+        return Reading("tabular", "ids of an embedding, and no sequence is mixed")
     if not node.is_float:
         return None
     return _classify_values(node, reached)
@@ -51,27 +77,37 @@ def _is_position(view: GraphView, node: ViewNode) -> bool:
     return table is not None and table.hint is not None and table.hint[0] <= 4
 
 
-def _classify_values(node: ViewNode, reached: Sequence[ViewNode]) -> tuple[str, str] | None:
+def _classify_values(node: ViewNode, reached: Sequence[ViewNode]) -> Reading | None:
     convolution = next((n for n in sorted(reached, key=lambda n: n.index) if n.op == "conv"), None)
     if convolution is not None:
-        if convolution.rank >= 4 and node.rank >= 4:
-            return "vision", "values of an image go into a convolution over space"
-        return "audio", "values over time go into a convolution"
+        if convolution.rank < 4 or node.rank < 4:
+            return Reading("audio", "values over time go into a convolution")
+        if node.hint is None or node.hint[1] != 1:
+            return Reading("vision", "values of an image go into a convolution over space")
+        named = _named(node)
+        return named or Reading("vision", "values in one channel go into a convolution over space",
+                                "one channel may be a spectrogram as well as an image")
     if any(n.op == "attention" for n in reached) and node.rank == 4:
         return None            # a cache
-    source = node.source.lower()
-    for modality, words in _HINTS:
-        if any(word in source for word in words):
-            return modality, f"named {node.source}"
+    named = _named(node)
+    if named is not None:
+        return named
     linear = any(n.op == "matmul" for n in reached)
     if linear and node.rank <= 2:
-        return "tabular", "a row of values goes into a linear layer"
+        return Reading("tabular", "a row of values goes into a linear layer")
     if node.rank == 3 and (linear or any(n.op == "cat" for n in reached)):
-        return "other", "a sequence of vectors made elsewhere"
+        return Reading("other", "a sequence of vectors made elsewhere",
+                       "vectors that were made elsewhere may hold anything")
     return None
 
 
-def flow(view: GraphView, inputs: Mapping[ViewNode, tuple[str, str]], found: Iterable[Found]) -> list[int]:
+def _named(node: ViewNode) -> Reading | None:
+    source = node.source.lower()
+    return next((Reading(modality, f"named {node.source}") for modality, words in _HINTS
+                 if any(word in source for word in words)), None)
+
+
+def flow(view: GraphView, inputs: Mapping[ViewNode, Reading], found: Iterable[Found]) -> list[int]:
     """For each node, the bits of the modalities whose values it holds.
 
     What only steers (masks, indices) does not count, and cross-attention passes on the modality of its queries.
@@ -85,7 +121,7 @@ def flow(view: GraphView, inputs: Mapping[ViewNode, tuple[str, str]], found: Ite
     position = {node: index for index, node in enumerate(view.nodes)}
     for index, node in enumerate(view.nodes):
         if node in inputs:
-            masks[index] = _BIT[inputs[node][0]]
+            masks[index] = _BIT[inputs[node].modality]
             continue
         skipped = steered.get(node.index, frozenset())
         for producer in node.inputs:

@@ -24,6 +24,7 @@ _alias("attention", "scaled_dot_product_attention", "sdpa", "_scaled_dot_product
 _alias("attention_backward", "sdpa_bw", "_scaled_dot_product_flash_attention_for_cpu_backward",
        "_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_efficient_attention_backward",
        "_scaled_dot_product_cudnn_attention_backward", "flex_attention_backward")
+_alias("linalg_vector_norm", "norm", "vector_norm", "linalg_norm", "frobenius_norm")
 _alias("softmax", "_softmax", "_safe_softmax", "softmax")
 _alias("log_softmax", "_log_softmax")
 _alias("conv", "convolution", "conv1d", "conv2d", "conv3d", "_convolution", "conv_transpose1d", "conv_transpose2d",

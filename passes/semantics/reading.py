@@ -38,6 +38,9 @@ def read_graph(gm: fx.GraphModule, *, roles: Mapping[str, str] | None = None, na
 def _rename(node: fx.Node, written: ViewNode, seen: dict[fx.Node, ViewNode]) -> None:
     """Who reads the tensor after a write in place, or the tensor that it is a view of, reads what was written."""
     target: Any = node.args[0] if node.args else None
+    if isinstance(target, _TUPLES):
+        seen.update((item, written) for item in target if isinstance(item, fx.Node))     # _foreach_add_ and its kin
+        return
     for _ in range(_VIEWS_OF_VIEWS):
         if not isinstance(target, fx.Node) or target.op == "output":
             return
@@ -72,7 +75,8 @@ def _read(gm: fx.GraphModule, node: fx.Node, index: int, seen: Mapping[fx.Node, 
         return ViewNode(kind="output", op="output", target="output", args=args, **common)
     name = _op_name(node)
     op = canonical_op(name)
-    inplace = name.endswith("_") and not name.startswith("_") and not name.endswith("__")
+    inplace = name.endswith("_") and not name.endswith("__") and (
+        not name.startswith("_") or name.startswith(("_foreach_", "_fused_")))
     if op == "getitem":
         op = _getitem(node)
     elif op == "getattr":

@@ -19,11 +19,11 @@ def find_phase_rule(found: Sequence[Found]) -> PhaseRule | None:
         caches = Counter((c["query_length"], c["past_length"], c["storage"] == "static") for c in kept)
         (query, past, static), _ = caches.most_common(1)[0]
         return PhaseRule(query_length=_dim(query), past_length=_dim(past), static_cache=static)
-    states = [f.match.annotations for f in found if f.match.kind == "state_space" and
-              (f.match.annotations["kept"] or f.match.annotations["past"])]
+    states = [f.match.annotations for f in found if f.match.kind in ("state_space", "recurrent") and
+              (f.match.annotations.get("kept") or f.match.annotations.get("past"))]
     if states:
         # A state has one size, like a static cache; one that this call makes anew holds no earlier tokens.
-        return PhaseRule(query_length=_dim(states[0].get("query_length", 1)), static_cache=bool(states[0]["past"]))
+        return PhaseRule(query_length=_dim(states[0].get("query_length", 1)), static_cache=bool(states[0].get("past")))
     return None
 
 
@@ -46,13 +46,23 @@ def find_workload(found: Sequence[Found], modalities: Sequence[str], variants: S
     if "vision" in real:
         return "vision", 0.95, "images go in"
     if real == ["tabular"]:
-        if have["embedding"]:
-            sure = 0.95 if "feature_interaction" in variants or have["embedding"] >= 2 else 0.8
-            return "recsys", sure, f"{have['embedding']} lookups in tables against dense layers, and no sequence"
-        return "unknown", 0.5, "rows of values and dense layers alone"
+        return _of_tables(found, have, variants)
     if "text" in real and sequences:
         sure = 0.95 if have["attention"] or have["state_space"] else 0.8
         return "llm", sure, f"tokens, and {' and '.join(sequences)} over them"
     if have["kv_cache"]:
         return "llm", 0.8, "a cache of keys and values is kept"
     return "unknown", 0.3, "no known kind of input reaches a known kind of region"
+
+
+def _of_tables(found: Sequence[Found], have: Counter[str], variants: Sequence[str]) -> tuple[str, float, str]:
+    """Rows of values and ids that no known region mixes along a sequence."""
+    if not have["embedding"]:
+        return "unknown", 0.5, "rows of values and dense layers alone"
+    rows = {f.match.annotations.get("rows") for f in found if f.match.kind == "embedding"}
+    scored = {f.match.core[0].shape[-1] for f in found if f.match.kind == "logits_head" and f.match.core[0].shape}
+    if have["embedding"] == 1 and rows & scored:
+        return "llm", 0.65, ("a table's rows go in and scores of its rows come out, but nothing known mixes positions: "
+                             "a state that it keeps is not seen, and the phase may be another")
+    sure = 0.95 if "feature_interaction" in variants or have["embedding"] >= 2 else 0.65
+    return "recsys", sure, f"{have['embedding']} lookups in tables against dense layers, and no sequence"

@@ -15,9 +15,11 @@ from genie_dynamo.core.tensors import view_of, view_of_input
 from genie_dynamo.runtime.client.binding import Binding, BoundProgram, Template
 from genie_dynamo.runtime.client.calls import Answered, Broke, CallState
 from genie_dynamo.runtime.client.connection import POLL_MS, Connection, to_error
+from genie_dynamo.runtime.client.recipes import Recipe
 from genie_dynamo.runtime.client.residency import Entry, Seen, StaticSet
 from genie_dynamo.runtime.client.saved import SavedHandle, handle_of, placeholder
 from genie_dynamo.runtime.client.session import Session
+from genie_dynamo.runtime.client.state import StateRules, Stored
 from genie_dynamo.runtime.client.uploads import Needs, acknowledge, payload_bytes
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
@@ -35,8 +37,12 @@ class Part(NamedTuple):
     keeps: tuple[tuple[int, int], ...]
     sent: dict[str, int]
     template: Template
+    state: tuple[tuple[int, int], ...]      # handles for bound.state_names; empty: nothing stays
+    stored: list[Stored]                    # contents that went along, to stay
 
 
+KeptState = tuple[WorkerLink, tuple[int, int], Any]
+"""A value of plan.state that stayed: where, under which handle, and its form."""
 Kept = tuple[Part, int, Any]
 """A value that stayed on a worker: whose it is, its index among the kept, and its form."""
 
@@ -44,8 +50,11 @@ Kept = tuple[Part, int, Any]
 class Answers:
     """Reads the answers to one graph's calls."""
 
-    def __init__(self, plan: Plan, *, backward: bool, timeout_s: float) -> None:
+    def __init__(self, plan: Plan, rules: StateRules, *, backward: bool, timeout_s: float) -> None:
         self._plan = plan
+        self._rules = rules
+        self._pieces = {piece for recipe in plan.rebuilds for piece in recipe.names("piece")}
+        self._pieces -= {output.name for output in plan.outputs if output.kind == "value"}
         self._backward = backward
         self._timeout_s = timeout_s
         self._lane = ZmqFrames()
@@ -128,7 +137,9 @@ class Answers:
         if index >= len(bound.return_names):
             return "state"
         name = bound.return_names[index]
-        return "state" if name in self._static_mutations or name == self._final_rng else self._down_reason
+        if name in self._pieces or name in self._static_mutations or name == self._final_rng:
+            return "state"
+        return "state" if self._rules.comes_back(name) else self._down_reason
 
     def finish(self, session: Session, statics: StaticSet | None, binding: Binding, parts: Sequence[Part],
                state: CallState, args: list[Any], seen: Seen | None, keep: bool) -> tuple[Any, ...]:
@@ -136,23 +147,38 @@ class Answers:
         named: dict[str, Any] = {}
         kept: dict[str, Kept] = {}
         updates: dict[int, Kept] = {}
+        state_kept: dict[str, KeptState] = {}
         for worker, p in zip(binding.programs, parts, strict=True):
-            values, bound = state.values[worker], p.bound
+            values, bound, result = state.values[worker], p.bound, state.results[worker]
             for index, name in enumerate(bound.return_names):
                 named[name] = values[index]
             for index, name in enumerate(bound.keep_names):
                 if keep and index in bound.keep_updates:
-                    updates[bound.keep_updates[index]] = (p, index, state.results[worker].kept[index])
+                    updates[bound.keep_updates[index]] = (p, index, result.kept[index])
                 elif keep:
-                    kept[name] = (p, index, state.results[worker].kept[index])
+                    kept[name] = (p, index, result.kept[index])
                 else:
                     named.setdefault(name, values[len(bound.return_names) + index])
+            for name, handle, form in zip(bound.state_names, p.state, result.state, strict=bool(p.state)):
+                if form is not None:
+                    state_kept[name] = (bound.link, handle, form)
             if p.template.number:
                 p.template.known = True
             if p.needs.incoming and seen is not None:
                 acknowledge(session.residency, bound.link, seen.entries, p.needs.incoming)
-        if self._plan.mutations:
-            self._commit(session, statics, args, named, updates, seen)
+            for entry, _ in p.stored:
+                session.residency.placed(entry, bound.link.key)
+            if result.evicted:
+                session.residency.evicted(bound.link.key, result.evicted)
+                session.telemetry.event("evicted by a worker", len(result.evicted))
+        with torch.no_grad():
+            writes = self._rules.rebuild(session, args, named, state_kept)
+            if self._plan.mutations:
+                self._commit(session, statics, args, named, updates, seen, writes)
+            if self._rules.active:
+                self._rules.settle(session, args, named, state_kept)
+            if self._plan.mutations and seen is not None and statics is not None:
+                self._expect(statics, args, seen)
         if self._final_rng is not None:
             torch.set_rng_state(named[self._final_rng])
         placeholders: dict[str, torch.Tensor] = {}
@@ -179,25 +205,27 @@ class Answers:
         return output.literal
 
     def _commit(self, session: Session, statics: StaticSet | None, args: list[Any], named: dict[str, Any],
-                updates: dict[int, Kept], seen: Seen | None) -> None:
+                updates: dict[int, Kept], seen: Seen | None, writes: Sequence[Recipe]) -> None:
         """The call has succeeded on all workers: now, and only now, the caller's tensors change."""
-        with torch.no_grad():
-            for index, name in self._plan.mutations:
-                new = named[name] if name in named else args[self._plan.inputs.index(name)]
-                args[index].copy_(new)
+        by_value = {recipe.value: recipe for recipe in writes}
+        for index, name in self._plan.mutations:
+            if name in named:
+                args[index].copy_(named[name])
+            elif name in by_value:
+                by_value[name].write(args[index], args, named)
+            else:
+                args[index].copy_(args[self._plan.inputs.index(name)])
         if seen is None or statics is None:
             return
         place = {p: i for i, p in enumerate(statics.positions)}
-        changed: list[int] = []
         for index, _ in self._plan.mutations:
-            if index not in place:
-                continue
-            entry: Entry = seen.entries[place[index]]
-            changed.append(place[index])
-            if index in updates:
+            if index in place and index in updates:
                 p, at, form = updates[index]
-                self._adopt_update(session, entry, args[index], p.bound.link, p.keeps[at], form)
-        statics.expect_after_commit(args, seen, changed)
+                self._adopt_update(session, seen.entries[place[index]], args[index], p.bound.link, p.keeps[at], form)
+
+    def _expect(self, statics: StaticSet, args: list[Any], seen: Seen) -> None:
+        place = {p: i for i, p in enumerate(statics.positions)}
+        statics.expect_after_commit(args, seen, [place[index] for index, _ in self._plan.mutations if index in place])
 
     def _adopt_update(self, session: Session, entry: Entry, tensor: torch.Tensor, link: WorkerLink,
                       handle: tuple[int, int], form: Any) -> None:

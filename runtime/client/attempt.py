@@ -25,6 +25,7 @@ from genie_dynamo.runtime.client.connection import Connection
 from genie_dynamo.runtime.client.residency import Seen, StaticSet
 from genie_dynamo.runtime.client.saved import SavedHandle, collect_handles, hooks_active
 from genie_dynamo.runtime.client.session import Session
+from genie_dynamo.runtime.client.state import NOT_KEPT, StateRules, Stored
 from genie_dynamo.runtime.client.steady import steady_call
 from genie_dynamo.runtime.client.uploads import Needs, find_needs, payload_bytes, send_fresh, send_put, unclaim
 from genie_dynamo.runtime.client.workers import WorkerLink
@@ -63,12 +64,13 @@ class Attempts:
         self._specs = specs
         self._config = config
         self._lane = ZmqFrames()
-        self._answers = Answers(plan, backward=info.backward, timeout_s=config.timeout_s)
+        self._rules = StateRules(plan, info.bumped, config.awareness == "full" and not info.backward)
+        self._answers = Answers(plan, self._rules, backward=info.backward, timeout_s=config.timeout_s)
         self._blind = config.awareness == "blind"
         self._up_reason = "gradients" if info.backward else "inputs"
         self._saves = bool(plan.saved_values())
         self._steady = (plan.num_workers == 1 and not plan.mutations and plan.final_rng is None
-                        and not info.backward and not self._blind)
+                        and not info.backward and not self._blind and not plan.state)
 
     def run(self, session: Session, part: SessionPart, args: list[Any], started_s: float) -> tuple[Any, ...]:
         """One attempt; `started_s` is when the call began. Raises: whatever stops it; then nothing has changed."""
@@ -180,6 +182,7 @@ class Attempts:
         link, lane = bound.link, self._lane
         connection = link.borrow()
         needs = Needs([], [], [])
+        stored: list[Stored] = []
         try:
             frames: list[Any] = []
             sent: dict[str, int] = {}
@@ -188,16 +191,17 @@ class Attempts:
                 needs, template = self._refresh(session, bound, args, seen, part, connection, deadline_s)
             encoded: list[Any] = [] if template.known else list(template.references)
             for slot, index in template.others:
-                value = self._encode(session, link, args, index, handles, frames, sent, lane)
+                value = self._encode(session, link, args, index, handles, frames, sent, lane, stored)
                 if template.known:
                     encoded.append(value)
                 else:
                     encoded[slot] = value
             keeps = self._keeps(session, bound) if keep else ()
+            state = self._rules.handles(session, bound.state_names) if bound.state_names else ()
             request = connection.next_request()
             header = pack(m.to_wire(
                 m.Run(request, bound.program.program_id, call_id, tuple(encoded), keeps, tuple(needs.incoming),
-                      link.take_frees(), -template.number if template.known else template.number)))
+                      link.take_frees(), -template.number if template.known else template.number, state)))
             connection.run(header, frames, deadline_s, streaming=self.plan.num_workers == 1)
             inline = sum(sent.values()) - (sum(map(len, frames)) if frames else 0)
             sent["control"] = len(header) - inline
@@ -207,7 +211,7 @@ class Attempts:
             unclaim(session.residency, link, [*needs.fresh, *needs.changed])
             connection.close()
             raise
-        return Part(bound, connection, request, needs, keeps, sent, template)
+        return Part(bound, connection, request, needs, keeps, sent, template, state, stored)
 
     def _refresh(self, session: Session, bound: BoundProgram, args: Sequence[Any], seen: Seen, part: SessionPart,
                  connection: Connection, deadline_s: float) -> tuple[Needs, Template]:
@@ -230,7 +234,8 @@ class Attempts:
         return needs, bound.template
 
     def _encode(self, session: Session, link: WorkerLink, args: Sequence[Any], index: int,
-                handles: dict[int, SavedHandle], frames: list[Any], sent: dict[str, int], lane: ZmqFrames) -> Any:
+                handles: dict[int, SavedHandle], frames: list[Any], sent: dict[str, int], lane: ZmqFrames,
+                stored: list[Stored]) -> Any:
         if index == RNG_ARGUMENT:
             value: Any = torch.get_rng_state()
             reason = "state"
@@ -246,6 +251,10 @@ class Attempts:
                 return value
             if self._blind and index in self.plan.static_inputs:
                 reason = "weights"
+            if self._rules.active:
+                argument = self._rules.argument(session.residency, link, index, value, frames, sent, stored)
+                if argument is not None:
+                    return argument
         wire = lane.stage(value, frames)
         sent[reason] = sent.get(reason, 0) + payload_bytes(wire, frames)
         return (m.INLINE, wire)
@@ -260,7 +269,9 @@ class Attempts:
         """The call did not happen: tell the workers to forget it, and drop connections with replies under way."""
         for part in parts:
             unclaim(session.residency, part.bound.link, [*part.needs.fresh, *part.needs.changed])
-            part.bound.link.frees.extend(part.keeps)
+            part.bound.link.frees.extend([*part.keeps, *(handle for handle in part.state if handle != NOT_KEPT)])
+            part.bound.link.frees.extend([handle for entry, handle in part.stored
+                                          if entry.acked.get(part.bound.link.key) != handle[1]])
             part.bound.template = Template(None, part.template.references, part.bound.arguments, 0)
             settled = len(parts) == 1 and isinstance(state.error, GenieError) and not part.bound.link.lost \
                 and not isinstance(state.error, WorkerTimeoutError)

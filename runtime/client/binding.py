@@ -50,6 +50,8 @@ class BoundProgram:
         self.num_saved = len(self.keep_names) - len(updates)
         self.keep_updates = dict(enumerate(updates, self.num_saved))
         """Index of a kept value -> position of the parameter or buffer that it becomes. The others are activations."""
+        self.state_names = tuple(names[v] for v in program.state)
+        """Values that stay on the worker where a call wants it."""
         self.num_fragments = len(program.fragments)
         self.last_compute_s: float | None = None       # what the worker reported of its last run
         self.outputs = tuple(self._output(output) for output in plan.outputs)
@@ -93,7 +95,7 @@ def bind(session: Session, plan: Plan, specs: dict[int, bytes], links: Sequence[
     Raises: LaneUnavailableError, what a worker reports when it refuses a fragment, or WorkerError.
     """
     program_id = session.next_id()
-    peers = tuple((link.address, _text(link.server_key)) for link in links)
+    peers = tuple((link.address, _text(link.server_key), link.offers) for link in links)
     programs = worker_programs(plan, specs, program_id=program_id, peers=peers, compiler=compiler)
     names = {number: name for name, number in value_ids(plan).items()}
     bound: dict[int, BoundProgram] = {}

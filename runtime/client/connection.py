@@ -183,6 +183,10 @@ class Connection:
         if isinstance(answer, m.Failure):
             raise to_error(answer, self.address)
 
+    def lane_counters(self) -> dict[str, int]:
+        """What the native lane has counted, of every message in both directions; nothing where there is none."""
+        return self.end.counters() if self.end is not None else {}
+
     def close_end(self) -> None:
         """Let go of the stream or lane: everything takes the ZeroMQ socket again."""
         if self.end is not None:

@@ -16,6 +16,7 @@ import torch
 
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import AuthenticationError, GenieError, LaneUnavailableError, ProtocolError
+from genie_dynamo.core.program import Offers
 from genie_dynamo.runtime.client.connection import POLL_MS, Connection, beside, to_error
 from genie_dynamo.runtime.lanes import native, stream
 from genie_dynamo.runtime.lanes.ends import SocketEnd, connect_native
@@ -55,7 +56,9 @@ def negotiate(connection: Connection, welcome: m.Welcome, choice: LaneChoice, to
     Raises: LaneUnavailableError where the required one does not work.
     """
     decided = choice.name
-    for name, version, address in _offers(welcome, choice):
+    if native.module() is None:
+        choice.refused.setdefault("native lanes", native.why_not())
+    for name, version, address in offers_of(welcome, connection.address) if native.module() is not None else ():
         if name in choice.refused or (require is not None and name != require):
             continue
         why_not = _try(connection, welcome, name, version, address, token, lease_s, timeout_s)
@@ -85,17 +88,17 @@ def lane_lost(choice: LaneChoice, name: str, reason: str) -> None:
     choice.refused[name] = f"it broke: {reason}"
 
 
-def _offers(welcome: m.Welcome, choice: LaneChoice) -> list[tuple[str, int, str]]:
-    if native.module() is None:
-        choice.refused.setdefault("native lanes", native.why_not())
-        return []
+def offers_of(welcome: m.Welcome, address: str) -> Offers:
+    """The native lanes that a worker offers, at the host under which we reach it. Raises: ProtocolError."""
     offers = []
     for row in welcome.lanes:
         if type(row) is not tuple or len(row) != 3 or type(row[0]) is not str or type(row[1]) is not int \
                 or type(row[2]) is not str:
             raise ProtocolError(f"a lane is offered as (name, version, address), got {row!r:.80}")
-        offers.append(row)
-    return offers
+        name, version, where = row
+        offers.append((name, version, beside(address, f"tcp://{where}").removeprefix("tcp://") if name == "tcp"
+                       else where))
+    return tuple(offers)
 
 
 def _try(connection: Connection, welcome: m.Welcome, name: str, version: int, address: str, token: bytes,
@@ -103,11 +106,8 @@ def _try(connection: Connection, welcome: m.Welcome, name: str, version: int, ad
     """Open and prove one lane; why it cannot be used, or nothing."""
     if version != native.lane_version():
         return f"the worker speaks version {version} of it, this client {native.lane_version()}"
-    if name == "tcp":
-        address = beside(connection.address, f"tcp://{address}").removeprefix("tcp://")
     try:
-        end = connect_native(name, address, min(timeout_s, PROOF_TIMEOUT_S), POLL_MS / 1000,
-                             digest=None if not address.startswith(("127.", "[::1]")) else False)
+        end = connect_native(name, address, min(timeout_s, PROOF_TIMEOUT_S), POLL_MS / 1000)
     except OSError as error:
         return str(error)
     try:

@@ -93,9 +93,7 @@ class RemoteGraph:
             # Another thread renewed a parameter between our look and the worker's: look again, once.
             if "template" not in error.facts and any(handle_of(v) is not None for v in values):
                 raise
-            session.residency.stamp += 1
-            session.telemetry.event("stale handle, call repeated")
-            return self._attempts.run(session, part, values, time.perf_counter())
+            return self._look_again(session, part, values, error)
         except WorkerLostError as error:
             return self._after_loss(session, part, values, error)
 
@@ -117,6 +115,17 @@ class RemoteGraph:
                 session.telemetry.event("call repeated after a lane broke")
                 started_s = time.perf_counter()
 
+    def _look_again(self, session: Session, part: SessionPart, values: list[Any],
+                    error: StaleHandleError) -> tuple[Any, ...]:
+        """The worker lacks what it was thought to have: it was freed or evicted meanwhile."""
+        session.telemetry.event("stale handle, call repeated")
+        if "template" in error.facts:
+            session.residency.stamp += 1
+        else:
+            for link in session.links:
+                session.residency.distrust(link.key)
+        return self._over_lanes(session, part, values, time.perf_counter())
+
     def _after_loss(self, session: Session, part: SessionPart, args: list[Any],
                     error: WorkerLostError) -> tuple[Any, ...]:
         for link in session.links:
@@ -133,7 +142,7 @@ class RemoteGraph:
         if policy == "local":
             return self._locally(session, "worker lost, on_worker_loss=local", args)
         session.telemetry.event("call repeated after a worker was lost")
-        return self._attempts.run(session, part, args, time.perf_counter())
+        return self._over_lanes(session, part, args, time.perf_counter())
 
     def _locally(self, session: Session, reason: str, args: list[Any]) -> tuple[Any, ...]:
         session.telemetry.fallback(reason)

@@ -1,7 +1,7 @@
 """Which of the caller's tensors a worker holds, and whether the copies still are what the caller has.
 
-A parameter or buffer is recognised by identity (a live weak reference) and its content by a key of address and
-version. What the key cannot see is covered thus:
+A parameter, a buffer or a piece of state (an output or an input that may come back) is recognised by identity (a live
+weak reference), and its content by a key of address and version. What the key cannot see is covered thus:
 
     fused optimizers (no version bump)    a global hook after every optimizer step
     `.data` edits of trainable tensors    a few sampled elements, compared in rotation; one hit re-sends all of them
@@ -21,6 +21,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from genie_dynamo.core import tensors
+from genie_dynamo.runtime.client.habits import Habit
 
 DIGEST_BYTES = 64 << 10
 """Contents from this size on are asked for by digest before they are sent for the first time."""
@@ -31,8 +32,8 @@ Tensor = torch.Tensor
 class Entry:
     """One tensor of the caller that workers may hold. `epoch` names the content it has now."""
 
-    __slots__ = ("__weakref__", "acked", "address", "digest", "epoch", "key", "ref", "sample", "sample_view", "sent",
-                 "step_committed", "tensor_id", "trainable")
+    __slots__ = ("__weakref__", "acked", "address", "barred", "digest", "epoch", "habit", "key", "ref", "sample",
+                 "sample_view", "sent", "step_committed", "tensor_id", "trainable")
 
     def __init__(self, tensor: Tensor, tensor_id: int, on_death: Callable[[Entry], None]) -> None:
         own = weakref.ref(self)
@@ -50,6 +51,8 @@ class Entry:
         self.sent: dict[str, int] = {}      # worker key -> epoch that is on its way or there
         self.acked: dict[str, int] = {}     # worker key -> epoch that is there
         self.digest: bytes | None = None
+        self.habit: Habit | None = None     # where it was first met, if it is state and no parameter or buffer
+        self.barred = False                 # others share its memory, and not its version: it always travels
         self.trainable = tensor.requires_grad and tensor.is_leaf
         self.step_committed = False
         self.sample_view: Tensor | None = None
@@ -112,6 +115,8 @@ class Residency:
             if entry is None:
                 entry = Entry(tensor, self._next_id(), self._died)
                 self._entries[id(tensor)] = entry
+            if entry.habit is not None or entry.barred:
+                entry.habit, entry.barred = None, False        # met as state before, it is a parameter here
             key = full_key(tensor, tensor._version - bumped)
             if key != entry.key:
                 self._renew(entry, tensor, key)
@@ -129,6 +134,61 @@ class Residency:
             entry.sent = {worker: epoch}
             entry.acked = {worker: epoch}
             entry.take_sample(tensor, self._num_samples)
+
+    def track(self, tensor: Tensor, key: tuple[Any, ...], habit: Habit) -> Entry:
+        """An entry for a tensor that may be state; no worker has it yet."""
+        with self.lock:
+            entry = Entry(tensor, self._next_id(), self._died)
+            entry.epoch, entry.key, entry.habit = self.next_epoch(), key, habit
+            self._entries[id(tensor)] = entry
+            return entry
+
+    def edited(self, entry: Entry, tensor: Tensor, key: tuple[Any, ...]) -> None:
+        """The caller has changed the content: what workers hold is of no use."""
+        with self.lock:
+            self._renew(entry, tensor, key)
+            entry.sent, entry.acked = {}, {}
+
+    def placed(self, entry: Entry, worker: str) -> None:
+        """The worker has the current content."""
+        with self.lock:
+            entry.sent[worker] = entry.acked[worker] = entry.epoch
+
+    def born(self, tensor: Tensor, habit: Habit, handle: tuple[int, int], worker: str) -> None:
+        """A call has returned the tensor, and the worker keeps it under the handle."""
+        with self.lock:
+            entry = Entry(tensor, handle[0], self._died)
+            entry.epoch, entry.habit = handle[1], habit
+            entry.key = full_key(tensor, tensor._version)
+            entry.sent, entry.acked = {worker: entry.epoch}, {worker: entry.epoch}
+            self._entries[id(tensor)] = entry
+
+    def bar(self, tensor: Tensor) -> None:
+        """The tensor shares memory with another in a way that its version does not show: never keep it anywhere."""
+        with self.lock:
+            entry = Entry(tensor, 0, self._died)
+            entry.barred = True
+            self._entries[id(tensor)] = entry
+
+    def evicted(self, worker: str, handles: Iterable[tuple[int, int]]) -> None:
+        """The worker had to let these go."""
+        gone = set(handles)
+        with self.lock:
+            for entry in list(self._entries.values()):
+                if (entry.tensor_id, entry.sent.get(worker, -1)) in gone:
+                    entry.sent.pop(worker, None)
+                    entry.acked.pop(worker, None)
+                    if entry.habit is None:
+                        self.stamp += 1
+
+    def distrust(self, worker: str) -> None:
+        """The worker lacks something that it was thought to have: send all again, and let it free what it has."""
+        with self.lock:
+            for entry in list(self._entries.values()):
+                if (epoch := entry.sent.pop(worker, None)) is not None:
+                    self._free(worker, (entry.tensor_id, epoch))
+                entry.acked.pop(worker, None)
+            self.stamp += 1
 
     def touch(self, items: Iterable[Tensor]) -> None:
         """Whatever these tensors hold is to be sent again."""
@@ -155,7 +215,7 @@ class Residency:
     def worker_gone(self, worker: str) -> None:
         """Forget that the worker held anything."""
         with self.lock:
-            for entry in self._entries.values():
+            for entry in list(self._entries.values()):
                 entry.sent.pop(worker, None)
                 entry.acked.pop(worker, None)
             self.stamp += 1
@@ -168,7 +228,7 @@ class Residency:
         if not entries[self._rotation % len(entries)].sample_differs():
             return False
         with self.lock:
-            for entry in self._entries.values():
+            for entry in list(self._entries.values()):
                 if entry.trainable:
                     entry.key = None
             self.stamp += 1
@@ -178,12 +238,25 @@ class Residency:
         """What lives where, for people."""
         with self.lock:
             rows = []
-            for entry in self._entries.values():
+            for entry in list(self._entries.values()):
                 tensor = entry.ref()
                 if tensor is not None and entry.acked:
                     rows.append({"tensor_id": entry.tensor_id, "epoch": entry.epoch, "shape": tuple(tensor.shape),
-                                 "bytes": tensor.numel() * tensor.element_size(), "workers": sorted(entry.acked)})
+                                 "bytes": tensor.numel() * tensor.element_size(), "workers": sorted(entry.acked),
+                                 "why": "weights" if entry.habit is None else entry.habit.why})
             return rows
+
+    def summary(self) -> list[dict[str, Any]]:
+        """What lives where and why: one row for each worker and reason, with tensors and bytes."""
+        rows: dict[tuple[str, str], dict[str, Any]] = {}
+        for tensor in self.resident():
+            for worker in tensor["workers"]:
+                name = worker.partition("/")[0]
+                row = rows.setdefault((name, tensor["why"]), {
+                    "worker": name, "why": tensor["why"], "tensors": 0, "bytes": 0})
+                row["tensors"] += 1
+                row["bytes"] += tensor["bytes"]
+        return [rows[key] for key in sorted(rows)]
 
     def _renew(self, entry: Entry, tensor: Tensor, key: tuple[Any, ...]) -> None:
         self._release(entry)
@@ -202,7 +275,8 @@ class Residency:
         if self._entries.get(entry.address) is entry:
             self._entries.pop(entry.address, None)
         self._release(entry)
-        self.stamp += 1
+        if entry.habit is None:
+            self.stamp += 1        # state comes and goes with every call; nobody relies on having looked at it
 
 
 _instances: weakref.WeakSet[Residency] = weakref.WeakSet()

@@ -59,6 +59,7 @@ class Session:
         self._housekeeper: threading.Thread | None = None
         self.residency = Residency(config.fingerprint_samples, self._queue_free, self.next_id)
         self.monitor = HeartbeatMonitor(interval_s=config.heartbeat_interval_s, timeout_s=config.heartbeat_timeout_s)
+        self.prices = {worker.name: worker.price_per_hour for worker in remote if worker.price_per_hour is not None}
         self.links: list[WorkerLink] = []
         self._retired: list[WorkerLink] = []     # replaced, but activations of open graphs are still there
         try:
@@ -195,21 +196,36 @@ class Session:
 
     def stats(self) -> dict[str, Any]:
         """The session's counters, with each worker's memory and incarnation."""
+        links = list(self.links)
+        said = [self._ask_stats(link) for link in links]
         snapshot = self.telemetry.snapshot()
-        for link in list(self.links):
+        snapshot["resident"] = self.residency.summary()
+        for link, info in zip(links, said, strict=True):
             row = snapshot["workers"].setdefault(link.name, _empty_row())
             row.update(address=link.address, incarnation=link.incarnation, lost=link.lost or None,
-                       lane=link.lane.to_json())
-            if link.lost or self.closed:
-                continue
-            try:
-                answer = link.ask(m.Stats, 5.0)
-            except GenieError as error:
-                row["error"] = str(error)
-                continue
-            info = answer.info if isinstance(answer, m.Done) else {}
+                       lane=link.lane_facts())
             row.update({key: value for key, value in info.items() if key != "incarnation"})
         return snapshot
+
+    def reset_stats(self) -> None:
+        """Set the counters to zero; what workers have pushed to each other until now counts as before."""
+        for link in list(self.links):
+            self._ask_stats(link)
+        self.telemetry.reset()
+
+    def _ask_stats(self, link: WorkerLink) -> dict[str, Any]:
+        """What a worker says about itself and this session; `{"error": ...}` where it does not, nothing once closed."""
+        if link.lost or self.closed:
+            return {}
+        try:
+            answer = link.ask(m.Stats, 5.0)
+        except GenieError as error:
+            return {"error": str(error)}
+        info = dict(answer.info) if isinstance(answer, m.Done) else {}
+        pushed_bytes = info.get("pushed_bytes")
+        if isinstance(pushed_bytes, int):
+            self.telemetry.pushed(link.name, link.key, pushed_bytes)
+        return info
 
     # -- end --------------------------------------------------------------------------------------------------
 
@@ -259,7 +275,9 @@ class Session:
     def _start(self, count: int) -> list[EmbeddedWorker]:
         return start_embedded(
             count, num_threads=self.config.num_threads, op_libraries=self.op_libraries,
-            connect_timeout_s=self.config.connect_timeout_s, log_level=self.config.log_level)
+            connect_timeout_s=self.config.connect_timeout_s, log_level=self.config.log_level,
+            resident_quota_bytes=None if self.config.resident_quota_gib is None
+            else int(self.config.resident_quota_gib * 2**30))
 
     def _link(self, name: str, address: str, server_key: bytes | None, embedded: EmbeddedWorker | None,
               timeout_s: float | None = None) -> WorkerLink:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +11,14 @@ import zmq
 
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import WorkerLostError
+from genie_dynamo.core.program import Offers
 from genie_dynamo.runtime.client.connection import Connection, greet
-from genie_dynamo.runtime.client.negotiation import LaneChoice, lane_lost, negotiate
+from genie_dynamo.runtime.client.negotiation import LaneChoice, lane_lost, negotiate, offers_of
 from genie_dynamo.runtime.launcher import EmbeddedWorker
 from genie_dynamo.runtime.security import Security, apply_client, harden
+
+
+LANE_COUNTERS = ("bytes_sent", "bytes_arrived", "bytes_shared", "bytes_copied_out", "bytes_copied_in")
 
 
 class WorkerLink:
@@ -100,6 +104,14 @@ class WorkerLink:
             raise
         return connection
 
+    @property
+    def offers(self) -> Offers:
+        """The lanes that other workers may try: none where this client may use ZeroMQ alone."""
+        if self._require_lane in ("zmq", "stream"):
+            return ()
+        return tuple(offer for offer in offers_of(self.welcome, self.address)
+                     if self._require_lane in (None, offer[0]))
+
     def _negotiate(self, connection: Connection, welcome: m.Welcome) -> None:
         token, lease_s, _, timeout_s = self._hello
         negotiate(connection, welcome, self.lane, token, lease_s, timeout_s, self._require_lane)
@@ -112,6 +124,16 @@ class WorkerLink:
 
     def give_back(self, connection: Connection) -> None:
         self._idle.append(connection)
+
+    def lane_facts(self) -> dict[str, Any]:
+        """Which lane payload takes, why, how fast it was, and what the lane itself has counted on idle connections.
+
+        `bytes_shared` went as pages that both sides see: no copy was made of them on the way.
+        """
+        counted: Counter[str] = Counter()
+        for connection in list(self._idle):
+            counted.update(connection.lane_counters())
+        return {**self.lane.to_json(), **{name: counted[name] for name in LANE_COUNTERS}}
 
     def take_frees(self) -> tuple[tuple[int, int], ...]:
         """What is to be freed there, at most a message's worth."""

@@ -39,6 +39,9 @@ class End(Protocol):
 
     def fileno(self) -> int: ...
 
+    def counters(self) -> dict[str, int]:
+        """What the lane itself has counted; empty where it does not count."""
+
     def close(self) -> None: ...
 
 
@@ -67,6 +70,9 @@ class SocketEnd:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def counters(self) -> dict[str, int]:
+        return {}
+
     def close(self) -> None:
         # A forked child has a duplicate of the descriptor: closing ours alone would tell the worker nothing.
         with contextlib.suppress(OSError):
@@ -84,14 +90,14 @@ class NativeEnd:
         self.channel = channel
         self._poll_s = poll_s
         self._spin_s = spin_s
-        self._digest = digest
+        self.digest = digest
 
     def fits(self, header: bytes, frames: Sequence[Any]) -> bool:
         return True
 
     def send(self, header: bytes, frames: Sequence[Any], waiting: Callable[[], None]) -> None:
         parts = [header, *frames] if frames else [header]
-        while not self.channel.send(parts, self._poll_s, 0, self._digest):
+        while not self.channel.send(parts, self._poll_s, 0, self.digest):
             waiting()
 
     def read(self) -> Message | None:
@@ -107,14 +113,24 @@ class NativeEnd:
     def fileno(self) -> int:
         return int(self.channel.fileno())
 
+    def counters(self) -> dict[str, int]:
+        return dict(self.channel.statistics())
+
     def close(self) -> None:
         self.channel.close()
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT is this machine's own: no digest is needed there."""
+    return address.startswith(("127.", "[::1]"))
 
 
 def connect_native(name: str, address: str, timeout_s: float, poll_s: float, spin_s: float = 0.0,
                    digest: bool | None = None) -> NativeEnd:
     """Open a native lane. `digest` is on by default where the lane may leave the host. Raises: OSError."""
     channel = native.module().connect(name, address, timeout_s)
-    return NativeEnd(channel, poll_s, spin_s, channel.off_host if digest is None else digest)
+    if digest is None:
+        digest = channel.off_host and not is_loopback(address)
+    return NativeEnd(channel, poll_s, spin_s, digest)
 
 

@@ -79,7 +79,7 @@ class LoadedProgram:
         self.fragments = fragments
         self.return_index = {value: index for index, value in enumerate(program.returns)}
         shared = {value for group in program.aliases for value in group} | {value for value, _ in program.input_views}
-        self.leaves_early = {value for value, _, _ in program.sends} | (set(program.returns) - shared)
+        self.leaves_early = {send[0] for send in program.sends} | (set(program.returns) - shared)
         self.small = _small(program, fragments)
 
 
@@ -151,6 +151,9 @@ class Engine:
 
     def size_bytes(self, tensor: Any) -> int:
         return tensor.untyped_storage().nbytes() if isinstance(tensor, torch.Tensor) else 0
+
+    def view(self, tensor: torch.Tensor, view: Any) -> torch.Tensor:
+        return tensors.view_within(tensor, view)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -311,14 +314,16 @@ class Engine:
         """What stays here must not lie in a client's pages."""
         return self.own(value) if isinstance(value, torch.Tensor) and native.is_foreign(value) else value
 
-    def results(self, run: RunRecord, sent: set[int]) -> tuple[tuple[tuple[int, Any], ...], tuple[Any, ...]]:
-        """`((return index, value) not sent yet, kept values)` of a run that is done."""
+    def results(self, run: RunRecord,
+                sent: set[int]) -> tuple[tuple[tuple[int, Any], ...], tuple[Any, ...], tuple[Any, ...]]:
+        """`((return index, value) not sent yet, kept values, values of program.state)` of a run that is done."""
         program, env = run.program, run.env
         kept = tuple([self._kept(env[v]) for v in program.keeps])
+        state = tuple([self._kept(env[v]) for v in program.state]) if run.message.state else ()
         if program.aliases or program.input_views:
             _share(run)
         values = tuple([(i, env[v]) for i, v in enumerate(program.returns) if v not in sent])
-        return values, kept
+        return values, kept, state
 
 
 def _share(run: RunRecord) -> None:

@@ -27,12 +27,14 @@ class Left(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A run is complete: `values` are those not sent as Partial, `kept` is aligned with program.keeps."""
+    """A run is complete: `values` are those not sent as Partial, `kept` is aligned with program.keeps, `state` with
+    program.state."""
 
     run: RunRecord
     values: tuple[tuple[int, Any], ...]
     kept: tuple[Any, ...]
     now_s: float
+    state: tuple[Any, ...] = ()
 
 
 class Failed(NamedTuple):

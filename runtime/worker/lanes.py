@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from genie_dynamo.core.errors import MessageLimitError
 from genie_dynamo.runtime.lanes import native
+from genie_dynamo.runtime.lanes.ends import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class Lanes:
             return
         # ZeroMQ's own names of this first byte have five bytes, and clients cannot choose one.
         name = b"\0lane" + next(self._numbers).to_bytes(8, "big")
-        client = self._by_name[name] = _Client(name, channel, channel.off_host and not _is_loopback(listener))
+        client = self._by_name[name] = _Client(name, channel, channel.off_host and not is_loopback(listener.address))
         self._by_fd[client.fd] = client
         self._poller.register(client.fd, select.EPOLLIN)
         self._more.add(client)
@@ -179,7 +180,3 @@ class Lanes:
         self._to_arm.discard(client)
         client.channel.close()
         self._on_left(client.name)
-
-
-def _is_loopback(listener: Any) -> bool:
-    return str(listener.address).startswith(("127.", "[::1]"))

@@ -34,6 +34,10 @@ _WAKE_ADDRESS = "inproc://genie-wake"
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
+QUOTA_SHARE = 0.6
+"""How much of the memory limit one session may keep; the rest is for what runs need meanwhile."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
     """What `genie worker` was asked for."""
@@ -45,6 +49,7 @@ class WorkerOptions:
     keys: str | None = None                   # a directory of `genie keygen`: own key, and who is let in
     allow_unauthenticated: bool = False
     memory_limit_bytes: int | None = None     # default: the machine's physical memory
+    resident_quota_bytes: int | None = None   # what one session may keep here; default: QUOTA_SHARE of the limit
     embedded: bool = False
     lifeline_fd: int | None = None
     ready_fd: int | None = None
@@ -63,7 +68,7 @@ def run_worker(options: WorkerOptions) -> None:
     num_threads = options.num_threads or os.cpu_count() or 1
     torch.set_num_threads(num_threads)
     torch.set_grad_enabled(False)       # graphs hold their backward; no plan then has to switch it off for a run
-    _limit_memory(options.memory_limit_bytes)
+    limit_bytes = _limit_memory(options.memory_limit_bytes)
     _keep_freed_memory()
     namespaces = _import_op_libraries(options.op_libraries)
     incarnation = secrets.token_hex(8)
@@ -82,7 +87,8 @@ def run_worker(options: WorkerOptions) -> None:
     offers = lanes.offer(options.bind, address, keys=security.is_server)
     state = WorkerState(incarnation=incarnation, heartbeat_address=heartbeat.address, toolbox=engine,
                         stream_address="" if listener is None else stream.address_of(listener),
-                        lanes=tuple((offer.name, offer.version, offer.address) for offer in offers))
+                        lanes=tuple((offer.name, offer.version, offer.address) for offer in offers),
+                        quota_bytes=options.resident_quota_bytes or _default_quota(device, limit_bytes))
 
     def connect_peer(address: str, key: str) -> zmq.Socket[bytes]:
         peer = context.socket(zmq.DEALER)
@@ -91,7 +97,7 @@ def run_worker(options: WorkerOptions) -> None:
         peer.connect(address)
         return peer
 
-    shell = Shell(socket, state, engine, connect_peer, listener, offers)
+    shell = Shell(socket, state, engine, connect_peer, listener, offers, wake)
     if options.lifeline_fd is not None:
         lifeline_watch(options.lifeline_fd, lambda: _die(options.bind))
     if options.ready_fd is not None:
@@ -161,13 +167,23 @@ def _keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def _limit_memory(limit_bytes: int | None) -> None:
-    """Let an allocation beyond physical memory fail in the call that asks for it, not by the kernel's killer."""
+def _limit_memory(limit_bytes: int | None) -> int:
+    """Let an allocation beyond physical memory fail in the call that asks for it, not by the kernel's killer.
+
+    Returns: the limit in bytes.
+    """
     limit = limit_bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    return limit
+
+
+def _default_quota(device: torch.device, limit_bytes: int) -> int:
+    if device.type == "cuda":
+        limit_bytes = torch.cuda.get_device_properties(device).total_memory
+    return int(limit_bytes * QUOTA_SHARE)
 
 
 def _import_op_libraries(modules: tuple[str, ...]) -> frozenset[str]:

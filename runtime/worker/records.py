@@ -49,12 +49,15 @@ class SessionRecord:
     token: bytes
     lease_s: float
     last_heard_s: float
+    quota_bytes: int = 1 << 62                             # of resident tensors; beyond it what can be re-sent goes
     connections: set[bytes] = field(default_factory=set)
     programs: dict[int, tuple[WorkerProgram, Any, bool]] = field(default_factory=dict)   # the last: small
-    tensors: dict[tuple[int, int], Any] = field(default_factory=dict)
+    tensors: dict[tuple[int, int], Any] = field(default_factory=dict)    # least recently used first
+    evicted: list[tuple[int, int]] = field(default_factory=list)         # that the client does not know of yet
     resident_bytes: int = 0
     templates: dict[int, Template] = field(default_factory=dict)         # program id -> its remembered arguments
     mailbox: dict[int, dict[int, Any]] = field(default_factory=dict)     # call id -> value id -> value
     cancelled: dict[int, None] = field(default_factory=dict)             # call ids whose late pushes are dropped
     runs: dict[int, list[RunRecord]] = field(default_factory=dict)       # call id -> runs
     broken: dict[tuple[int, int], GenieError] = field(default_factory=dict)
+    pushed_bytes: int = 0                                  # of tensors, to other workers

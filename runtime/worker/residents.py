@@ -1,16 +1,24 @@
 """The resident tensors of a worker's sessions: put, adopted, kept, freed, fetched.
 
-A resident tensor is stored under (tensor id, epoch) and never changes.
+A resident tensor is stored under (tensor id, epoch) and never changes. A session keeps at most its quota: beyond it,
+what the client can send again (epoch >= 1) goes, least recently used first, and the client is told with the next
+result. Activations (epoch 0) exist nowhere else and stay.
 """
 from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from genie_dynamo.core import messages as m
-from genie_dynamo.core.errors import GenieError, ProtocolError, RemoteExecutionError, StaleHandleError
+from genie_dynamo.core.errors import (
+    GenieError,
+    ProtocolError,
+    RemoteExecutionError,
+    StaleHandleError,
+    WorkerMemoryError,
+)
 from genie_dynamo.runtime.worker.events import Abandon, Command, Execute, Failed, Received, Reply
 from genie_dynamo.runtime.worker.records import SessionRecord
 from genie_dynamo.runtime.worker.toolbox import Toolbox
@@ -41,7 +49,7 @@ class Residents:
             if message.digest is not None:
                 self._remember(message.digest, tensor)
         except Exception as error:
-            return self._put_failed(session, event.connection, key, error)
+            return self.broke(session, key, error)
         return self._store(session, key, tensor)
 
     def _remember(self, digest: bytes, tensor: Any) -> None:
@@ -50,8 +58,8 @@ class Residents:
             raise ProtocolError(f"content arrived with sha256 {actual.hex()[:16]}, announced was {digest.hex()[:16]}")
         self._contents[digest] = tensor
 
-    def _put_failed(self, session: SessionRecord, connection: bytes, key: tuple[int, int],
-                    error: Exception) -> list[Command]:
+    def broke(self, session: SessionRecord, key: tuple[int, int], error: BaseException) -> list[Command]:
+        """A content will not come: the runs that wait for it fail, and those that ask later learn why."""
         wrapped = error if isinstance(error, GenieError) else RemoteExecutionError(str(error))
         session.broken[key] = wrapped
         failed = [run for runs in session.runs.values() for run in runs if key in run.pending]
@@ -64,11 +72,15 @@ class Residents:
         key = (message.tensor_id, message.epoch)
         if tensor is None:
             gone = StaleHandleError(f"content {message.digest.hex()[:16]} was freed before it could be adopted")
-            return self._put_failed(session, event.connection, key, gone)
+            return self.broke(session, key, gone)
         return self._store(session, key, tensor)
 
     def _store(self, session: SessionRecord, key: tuple[int, int], tensor: Any) -> list[Command]:
         self.keep(session, key, tensor)
+        return self.arrived(session, key, tensor)
+
+    def arrived(self, session: SessionRecord, key: tuple[int, int], tensor: Any) -> list[Command]:
+        """Hand a content to the runs that wait for it."""
         ready: list[Command] = []
         for runs in session.runs.values():
             for run in runs:
@@ -80,10 +92,44 @@ class Residents:
         return ready
 
     def keep(self, session: SessionRecord, key: tuple[int, int], tensor: Any) -> None:
-        if key in session.tensors:
-            session.resident_bytes -= self._tools.size_bytes(session.tensors[key])
+        before = session.tensors.pop(key, None)
+        if before is not None:
+            session.resident_bytes -= self._tools.size_bytes(before)
         session.tensors[key] = tensor
         session.resident_bytes += self._tools.size_bytes(tensor)
+
+    def make_room(self, session: SessionRecord, needed: Collection[tuple[int, int]]) -> None:
+        """Bring the session back to its quota, without those that are needed now.
+
+        Raises: WorkerMemoryError where what is needed now, with what exists nowhere else, is more than the quota.
+        """
+        if session.resident_bytes <= session.quota_bytes:
+            return
+        remembered: set[tuple[int, int]] = set().union(*(t.keys for t in session.templates.values()))
+        candidates = [key for key in session.tensors if key[1] >= 1 and key not in needed]
+        for key in sorted(candidates, key=remembered.__contains__):
+            if session.resident_bytes <= session.quota_bytes:
+                return
+            self.discard(session, key)
+            session.evicted.append(key)
+        if session.resident_bytes > session.quota_bytes:
+            raise WorkerMemoryError(
+                f"this session may keep {session.quota_bytes / 2**20:.1f} MiB on the worker, and "
+                f"{session.resident_bytes / 2**20:.1f} MiB are needed at once, with nothing left that could go;"
+                " raise the quota (resident_quota_gib, or --resident-quota-gib of the worker) or add a worker",
+                resident_bytes=session.resident_bytes, quota_bytes=session.quota_bytes)
+
+    def find(self, session: SessionRecord, key: tuple[int, int]) -> Any:
+        """The state under a handle, which counts as used. Raises: StaleHandleError."""
+        tensor = session.tensors.pop(key, None)
+        if tensor is None:
+            raise self.stale(key)
+        session.tensors[key] = tensor
+        return tensor
+
+    def stale(self, key: tuple[int, int]) -> StaleHandleError:
+        return StaleHandleError(f"tensor {key[0]} at epoch {key[1]} is not on this worker (incarnation "
+                                f"{self._incarnation})", tensor_id=key[0], epoch=key[1])
 
     def discard(self, session: SessionRecord, key: tuple[int, int]) -> None:
         if key[1]:
@@ -103,8 +149,7 @@ class Residents:
         message: m.Fetch = event.message  # type: ignore[assignment]
         tensor = session.tensors.get((message.tensor_id, message.epoch))
         if tensor is None:
-            raise StaleHandleError(f"tensor {message.tensor_id} at epoch {message.epoch} is not on this worker "
-                                   f"(incarnation {self._incarnation})")
+            raise self.stale((message.tensor_id, message.epoch))
         frames: list[Any] = []
         value = self._tools.stage(tensor, frames)
         return [Reply(event.connection, m.Result(message.request, ((0, value),), (), 0.0, 0.0,

@@ -5,7 +5,13 @@ from collections.abc import Sequence, Set
 from typing import Any
 
 from genie_dynamo.core import messages as m
-from genie_dynamo.core.errors import MessageLimitError, ProtocolError, StaleHandleError, WorkerBusyError
+from genie_dynamo.core.errors import (
+    MessageLimitError,
+    ProtocolError,
+    StaleHandleError,
+    WorkerBusyError,
+    WorkerMemoryError,
+)
 from genie_dynamo.core.limits import Limits
 from genie_dynamo.runtime.worker.events import (
     Abandon,
@@ -32,6 +38,11 @@ def _template(run: RunRecord) -> Template:
             resident[value_id] = (argument[1], argument[2])
     return Template(run.message.template, {v: run.env[v] for v in resident}, frozenset(resident.values()),
                     tuple(v for v in run.program.inputs if v not in resident))
+
+
+def _handles(message: m.Run, kinds: tuple[int, ...]) -> set[tuple[int, int]]:
+    """The resident tensors that a call names."""
+    return {(a[1], a[2]) for a in message.arguments if type(a) is tuple and a[0] in kinds}
 
 
 class Runs:
@@ -61,8 +72,11 @@ class Runs:
         if message.keeps and len(message.keeps) != len(program.keeps):
             raise ProtocolError(f"program {program.program_id} keeps {len(program.keeps)} values, "
                                 f"{len(message.keeps)} handles came")
+        if message.state and len(message.state) != len(program.state):
+            raise ProtocolError(f"program {program.program_id} has {len(program.state)} values that may stay, "
+                                f"{len(message.state)} handles came")
         known = template.env if template is not None else {}
-        if small and message.template <= 0:
+        if small and message.template <= 0 and not message.state:
             values = self._inline_arguments(message, event.frames)
             if values is not None:
                 return [self._run_now(session, event, message, loaded,
@@ -73,6 +87,8 @@ class Runs:
         incoming = set(message.incoming) if message.incoming else _NONE
         for value_id, argument in zip(value_ids, message.arguments, strict=True):
             self._bind(run, value_id, argument, event.frames, incoming)
+        if session.resident_bytes > session.quota_bytes:
+            self.residents.make_room(session, _handles(message, (m.RESIDENT, m.HELD, m.STORE)) | self._remembered(run))
         if message.template > 0:
             session.templates[message.program_id] = _template(run)
         if program.receives:
@@ -128,13 +144,27 @@ class Runs:
             elif key in incoming:
                 run.pending.setdefault(key, []).append(value_id)
             else:
-                raise StaleHandleError(
-                    f"tensor {key[0]} at epoch {key[1]} is not on this worker (incarnation {self._incarnation})",
-                    tensor_id=key[0], epoch=key[1])
+                raise self.residents.stale(key)
         elif len(argument) == 2 and argument[0] == m.INLINE:
             run.env[value_id] = self._tools.land(argument[1], frames)
+        elif argument and argument[0] in (m.HELD, m.STORE):
+            run.env[value_id] = self._state(run, argument, frames)
         else:
             raise ProtocolError(f"not an argument: {argument!r:.60}")
+
+    def _state(self, run: RunRecord, argument: tuple[Any, ...], frames: Sequence[Any]) -> Any:
+        """The state that an argument names or brings."""
+        if not 3 <= len(argument) <= 4 or type(argument[1]) is not int or type(argument[2]) is not int:
+            raise ProtocolError(f"not a handle of state: {argument!r:.60}")
+        key = (argument[1], argument[2])
+        if argument[0] == m.STORE:
+            if len(argument) != 4 or key[1] < 1:
+                raise ProtocolError(f"state to store has an epoch above 0 and a content, got {argument!r:.60}")
+            tensor = self._tools.own(self._tools.land(argument[3], frames))
+            self.residents.keep(run.session, key, tensor)
+            return tensor
+        tensor = self.residents.find(run.session, key)
+        return tensor if len(argument) == 3 else self._tools.view(tensor, argument[3])
 
     def push(self, session: SessionRecord | None, message: m.Push, frames: Sequence[Any]) -> list[Command]:
         if session is None or message.call_id in session.cancelled:
@@ -172,23 +202,56 @@ class Runs:
         if run.abandoned:
             return []
         session, message = run.session, run.message
-        frames: list[Any] = []
-        for key, value in zip(message.keeps, event.kept, strict=False):
+        stays = [*zip(message.keeps, event.kept, strict=False),
+                 *((key, value) for key, value in zip(message.state, event.state, strict=False) if key[1])]
+        for key, value in stays:
             self.residents.keep(session, key, value)
+        if session.resident_bytes > session.quota_bytes:
+            try:
+                # What the call read may go now, but for the weights: the next call needs them and this one's results.
+                self.residents.make_room(session, _handles(message, (m.RESIDENT,)) | self._remembered(run))
+            except WorkerMemoryError as error:
+                for key, _ in stays:
+                    self.residents.discard(session, key)
+                run.abandoned = True
+                return [Reply(run.connection, failure(message.request, error)), *self._fail_followers(run, error)]
+        ready = [command for key, value in stays for command in self.residents.arrived(session, key, value)]
+        return [self._result(run, event), *ready]
+
+    def _fail_followers(self, run: RunRecord, error: BaseException) -> list[Command]:
+        """Runs that were sent before this one had ended may wait for what it was to keep: they fail with it."""
+        handles = [*run.message.keeps, *(key for key in run.message.state if key[1])]
+        return [command for key in handles for command in self.residents.broke(run.session, key, error)]
+
+    @staticmethod
+    def _remembered(run: RunRecord) -> frozenset[tuple[int, int]]:
+        """The resident tensors that a call takes from its template."""
+        template = run.session.templates.get(run.message.program_id) if run.message.template < 0 else None
+        return template.keys if template is not None else _NONE
+
+    def _result(self, run: RunRecord, event: Finished) -> Reply:
+        session, message = run.session, run.message
+        frames: list[Any] = []
         forms = tuple(self._tools.form(value) for value in event.kept) if message.keeps else ()
+        state = tuple([self._tools.form(value) if key[1] else None
+                       for key, value in zip(message.state, event.state, strict=False)])
         values = [(index, self._tools.stage(value, frames)) for index, value in event.values]
         if not message.keeps and event.kept:
             start = len(run.program.returns)
             values += [(start + i, self._tools.stage(value, frames)) for i, value in enumerate(event.kept)]
-        result = m.Result(message.request, tuple(values), forms, run.compute_s, run.queue_s, session.resident_bytes)
-        return [Reply(run.connection, result, frames)]
+        evicted = tuple(session.evicted)
+        session.evicted.clear()
+        return Reply(run.connection, m.Result(message.request, tuple(values), forms, run.compute_s, run.queue_s,
+                                              session.resident_bytes, state, evicted), frames)
 
     def failed(self, event: Failed) -> list[Command]:
         self._forget(event.run)
         if event.run.abandoned:
             return []
-        event.run.abandoned = True
-        return [Reply(event.run.connection, failure(event.run.message.request, event.error))]
+        run = event.run
+        run.abandoned = True
+        return [Reply(run.connection, failure(run.message.request, event.error)),
+                *self._fail_followers(run, event.error)]
 
     def _forget(self, run: RunRecord) -> None:
         runs = run.session.runs.get(run.message.call_id)

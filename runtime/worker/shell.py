@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import zmq
 
 from genie_dynamo.core import messages as m
@@ -39,6 +40,7 @@ from genie_dynamo.runtime.worker.events import (
     failure,
 )
 from genie_dynamo.runtime.worker.lanes import Lanes, Offer
+from genie_dynamo.runtime.worker.peers import Peer, Peers
 from genie_dynamo.runtime.worker.records import RunRecord
 from genie_dynamo.runtime.worker.state import WorkerState
 from genie_dynamo.runtime.worker.streams import Streams
@@ -59,16 +61,15 @@ class Shell:
         connect_peer: `connect_peer(address, key)` opens the way to another worker.
         listener: where clients may open streams; None where they may not.
         offers: the native lanes that clients may open.
+        wake: makes `step` return from its wait; called from other threads.
     """
 
     def __init__(self, socket: zmq.Socket[bytes], state: WorkerState, engine: Engine,
                  connect_peer: Callable[[str, str], zmq.Socket[bytes]], listener: stream.Socket | None = None,
-                 offers: Sequence[Offer] = ()) -> None:
+                 offers: Sequence[Offer] = (), wake: Callable[[], None] = lambda: None) -> None:
         self._socket = socket
         self._state = state
         self._engine = engine
-        self._connect_peer = connect_peer
-        self._peers: dict[str, zmq.Socket[bytes]] = {}
         self._ready: deque[RunRecord] = deque()
         self._waiting: set[RunRecord] = set()
         self._sent: dict[RunRecord, set[int]] = {}
@@ -79,6 +80,7 @@ class Shell:
         self._socket_fd = int(socket.getsockopt(zmq.FD))
         self._poller.register(self._socket_fd, select.EPOLLIN)
         self._streams = Streams(listener, self._poller, self._message, self._left) if listener is not None else None
+        self._peers = Peers(connect_peer, self._poller, wake)
         self._lanes = Lanes(offers, self._poller, self._message, self._left)
         self.stopping = False
 
@@ -102,6 +104,7 @@ class Shell:
         if now_s >= self._next_tick_s:
             self._next_tick_s = now_s + TICK_S
             self._carry_out(self._state.handle(Tick(now_s)))
+            self._peers.tidy()
 
     def _listen(self, timeout_s: float) -> bool:
         """Handle what has arrived, at most one message of each client; False where nothing has, in time."""
@@ -117,6 +120,8 @@ class Shell:
                 self._socket_used = True
             elif self._lanes.owns(fd):
                 self._lanes.serve(fd)
+            elif self._peers.owns(fd):
+                self._peers.serve(fd)
             else:
                 assert self._streams is not None
                 self._streams.serve(fd, mask)
@@ -183,8 +188,8 @@ class Shell:
         try:
             status = self._engine.advance(run, time.monotonic() + SLICE_S, self._emit)
             if status is RunStatus.DONE and not run.abandoned:
-                values, kept = self._engine.results(run, self._sent.pop(run, set()))
-                self._carry_out(self._state.handle(Finished(run, values, kept, time.monotonic())))
+                values, kept, state = self._engine.results(run, self._sent.pop(run, set()))
+                self._carry_out(self._state.handle(Finished(run, values, kept, time.monotonic(), state)))
                 return
         except Exception as error:
             # An op of the user's model raised, or memory ran out: the caller gets it, the worker lives on.
@@ -199,12 +204,14 @@ class Shell:
             self._waiting.add(run)
 
     def _emit(self, run: RunRecord, value_id: int, value: Any) -> bool:
-        for sent_id, address, key in run.program.sends:
+        for sent_id, address, key, offers in run.program.sends:
             if sent_id == value_id:
                 frames: list[Any] = []
                 staged = self._engine.stage(value, frames)
                 push = m.Push(run.session.token, run.message.call_id, value_id, staged)
-                self._peer(address, key, [pack(m.to_wire(push)), *frames])
+                self._peers.send(Peer(address, key, offers), run.session.token, [pack(m.to_wire(push)), *frames])
+                if isinstance(value, torch.Tensor):
+                    run.session.pushed_bytes += value.numel() * value.element_size()
         index = run.loaded.return_index.get(value_id)
         if index is None or self._engine.size_bytes(value) < STREAM_BYTES:
             return False
@@ -237,12 +244,6 @@ class Shell:
     def _answer(self, reply: Reply) -> None:
         self._reply(reply.connection, reply.message, reply.frames)
 
-    def _peer(self, address: str, key: str, parts: list[Any]) -> None:
-        socket = self._peers.get(address)
-        if socket is None:
-            socket = self._peers[address] = self._connect_peer(address, key)
-        send_parts(socket, parts, zmq.NOBLOCK)
-
     def close(self) -> None:
         """Close the sockets this shell opened or was given to listen on."""
         self._background.close()
@@ -250,5 +251,4 @@ class Shell:
             self._streams.close()
         self._lanes.close()
         self._poller.close()
-        for socket in self._peers.values():
-            socket.close(linger=0)
+        self._peers.close()

@@ -38,7 +38,8 @@ class WorkerState:
     """See the module's docstring. `handle` never raises for anything a peer sends."""
 
     def __init__(self, *, incarnation: str, heartbeat_address: str, toolbox: Toolbox, stream_address: str = "",
-                 lanes: tuple[tuple[str, int, str], ...] = (), limits: Limits = DEFAULT_LIMITS) -> None:
+                 lanes: tuple[tuple[str, int, str], ...] = (), quota_bytes: int = 1 << 62,
+                 limits: Limits = DEFAULT_LIMITS) -> None:
         self.incarnation = incarnation
         self.heartbeat_address = heartbeat_address
         self.stream_address = stream_address
@@ -48,6 +49,7 @@ class WorkerState:
         self.draining = False
         self._by_connection: dict[bytes, SessionRecord] = {}
         self._tools = toolbox
+        self._quota_bytes = quota_bytes
         self._limits = limits
         self._runs = Runs(toolbox, incarnation, limits)
         residents = self._runs.residents
@@ -117,7 +119,7 @@ class WorkerState:
             if len(self.sessions) >= self._limits.sessions:
                 raise WorkerBusyError(f"{len(self.sessions)} sessions are open here, the limit is "
                                       f"{self._limits.sessions}; close one or start another worker")
-            session = SessionRecord(hello.session, float(hello.lease_s), now_s)
+            session = SessionRecord(hello.session, float(hello.lease_s), now_s, self._quota_bytes)
             self.sessions[hello.session] = session
         session.connections.add(connection)
         session.last_heard_s = now_s
@@ -148,7 +150,8 @@ class WorkerState:
         info = {
             **self._tools.facts(), "incarnation": self.incarnation, "sessions": len(self.sessions),
             "programs": len(session.programs), "resident_tensors": len(session.tensors),
-            "resident_bytes": session.resident_bytes, "waiting_runs": sum(map(len, session.runs.values())),
+            "resident_bytes": session.resident_bytes, "quota_bytes": session.quota_bytes,
+            "waiting_runs": sum(map(len, session.runs.values())), "pushed_bytes": session.pushed_bytes,
         }
         return [Reply(event.connection, m.Done(event.message.request, info))]  # type: ignore[union-attr]
 

@@ -37,10 +37,12 @@ def test_worker_with_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
     options = options_of(
         monkeypatch, "--bind", "tcp://0.0.0.0:5555", "--device", "cuda:0", "--threads", "3", "--op-library", "a.b",
         "--op-library", "c", "--keys", "k", "--allow-anyone-on-the-network", "--memory-limit-gib", "1.5",
+        "--resident-quota-gib", "0.5",
         "--log-level", "info")
     assert options == WorkerOptions(
         bind="tcp://0.0.0.0:5555", device="cuda:0", num_threads=3, op_libraries=("a.b", "c"), keys="k",
-        allow_unauthenticated=True, memory_limit_bytes=1610612736, log_level="INFO")
+        allow_unauthenticated=True, memory_limit_bytes=1610612736, resident_quota_bytes=536870912,
+        log_level="INFO")
 
 
 def test_an_error_of_ours_is_one_line_and_status_1(

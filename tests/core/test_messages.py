@@ -20,9 +20,9 @@ requests = st.integers(0, 2**32)
 templates = st.integers(-(2**31), 2**31)
 messages = st.one_of(
     st.builds(m.Run, requests, requests, requests, st.lists(anything, max_size=3).map(tuple), pairs, pairs, pairs,
-              templates),
+              templates, pairs),
     st.builds(m.Result, requests, st.lists(anything, max_size=3).map(tuple), st.just(()), st.floats(0, 9),
-              st.floats(0, 9), requests),
+              st.floats(0, 9), requests, st.lists(anything, max_size=3).map(tuple), pairs),
     st.builds(m.Hello, requests, st.binary(max_size=16), st.floats(0, 9),
               st.dictionaries(st.text(max_size=5), scalars, max_size=3), st.binary(max_size=16)),
     st.builds(m.Push, st.binary(max_size=16), requests, requests, anything),

@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 import genie_dynamo as genie
 from genie_dynamo import sessions, worker_facts
-from genie_dynamo.core.errors import PlanError
+from genie_dynamo.core.errors import ConfigError, PlanError
 from genie_dynamo.placed import PlacedGraph
 from tests.passes.test_partition import WORKERS, Towers, lane
 
@@ -131,3 +132,22 @@ def test_explain_puts_the_generator_back() -> None:
     before = torch.get_rng_state()
     genie.explain(model, x, y)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_min_cost_runs_on_the_cheaper_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def priced(session: Any, *, wait: bool = False) -> worker_facts.Facts:
+        facts = known(session)
+        return replace(facts, workers=tuple(replace(w, price_per_hour=price)
+                                            for w, price in zip(facts.workers, (3.0, 2.0), strict=True)))
+
+    monkeypatch.setattr(worker_facts, "facts_of", priced)
+    model, (x, y) = Towers().eval(), inputs()
+    compiled = torch.compile(model, backend="genie", options={"policy": "min_cost"})
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x, y), model(x, y), rtol=0, atol=0)
+    assert calls() == {"w0": 0, "w1": 2}
+    torch._dynamo.reset()
+    with pytest.raises(ConfigError, match="price_per_hour"), torch.no_grad():
+        monkeypatch.setattr(worker_facts, "facts_of", known)
+        torch.compile(model, backend="genie", options={"policy": "min_cost"})(x, y)

@@ -12,7 +12,7 @@ import itertools
 import linecache
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,11 +50,13 @@ def compiled_captures(fn: Callable[..., Any], inputs: Mapping[str, Any], *, trai
         plain = fx.GraphModule(gm, _copied(gm.graph))
         found.append(Capture(kind="dynamo", gm=plain, roles=roles, part="forward"))
         run_pipeline(gm, example_inputs)
+        # AOTAutograd makes inputs of the module's own tensors, before the others.
+        lifted = [*("parameter" for _ in gm.named_parameters()), *("buffer" for _ in gm.named_buffers())]
 
         def compiler(part: str) -> Callable[..., Any]:
             def keep(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
                 names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
-                known = dict(zip(names, roles.values(), strict=False)) if part != "backward" else {}
+                known = dict(zip(names, [*lifted, *roles.values()], strict=False)) if part != "backward" else {}
                 found.append(Capture(kind="aot", gm=graph, part=part, roles=known))
                 return graph.forward
             return keep
@@ -94,7 +96,9 @@ def recorded_capture(fn: Callable[..., Any], inputs: Mapping[str, Any], modules:
             recorder.add_input(name, value)
         with recorder:
             out = fn(**inputs)
-    return Capture(kind="recorded", gm=recorder.finish(out), part="inference", roles=recorder.roles)
+        kept = [value for root in modules.values() for module in root.modules() for value in vars(module).values()
+                if isinstance(value, torch.Tensor)]
+    return Capture(kind="recorded", gm=recorder.finish(out, kept), part="inference", roles=recorder.roles)
 
 
 def _named_tensors(inputs: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -118,6 +122,8 @@ class _Recorder(TorchDispatchMode):
         self._bind(value, node)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "profiler":
+            return func(*args, **(kwargs or {}))       # notes for a profiler: no part of the computation
         given, named = pytree.tree_map_only(torch.Tensor, self._node, (args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
         node = self.graph.call_function(func, given, named)
@@ -135,8 +141,10 @@ class _Recorder(TorchDispatchMode):
                     self._bind(item, element)
         return out
 
-    def finish(self, out: Any) -> fx.GraphModule:
+    def finish(self, out: Any, kept: Sequence[torch.Tensor] = ()) -> fx.GraphModule:
+        """The graph. `kept`: tensors that outlive the call without being returned; those made in it are outputs."""
         leaves = [leaf for leaf in pytree.tree_leaves(tuple(_outputs(out))) if isinstance(leaf, torch.Tensor)]
+        leaves += [value for value in kept if (node := self._nodes.get(id(value))) and node.op == "call_function"]
         self.graph.output(tuple(self._node(leaf) for leaf in leaves))
         return fx.GraphModule(self.root, self.graph)
 

@@ -6,10 +6,11 @@ from genie_dynamo.passes.semantics.patterns.attention import ATTENTION
 from genie_dynamo.passes.semantics.patterns.embedding import EMBEDDING
 from genie_dynamo.passes.semantics.patterns.head import LOGITS_HEAD
 from genie_dynamo.passes.semantics.patterns.kv_cache import KV_CACHE
-from genie_dynamo.passes.semantics.patterns.loss import LOSS, OPTIMIZER
+from genie_dynamo.passes.semantics.patterns.loss import LOSS
 from genie_dynamo.passes.semantics.patterns.mlp import MLP
 from genie_dynamo.passes.semantics.patterns.moe import EXPERTS, ROUTER
 from genie_dynamo.passes.semantics.patterns.norm import NORM
+from genie_dynamo.passes.semantics.patterns.optimizer import OPTIMIZER
 from genie_dynamo.passes.semantics.patterns.rotary import (
     ANGLES,
     CONVOLVED_POSITIONS,

@@ -26,7 +26,7 @@ from genie_dynamo.passes.semantics.patterns.search import (
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode, operands
 
 _SCORES = ELEMENTWISE | VIEWS | {"cat", "and", "or", "gather", "index"}
-_WEIGHTS = VIEWS | {"mul", "where", "softmax"}
+_WEIGHTS = VIEWS | {"mul", "where", "softmax", "sub", "add", "div", "sum"}
 _COMPARE = frozenset({"gt", "ge", "lt", "le"})
 _MASKS = ELEMENTWISE | VIEWS | _COMPARE | {"and", "or", "not", "index", "eq", "ne", "cat"}
 
@@ -72,16 +72,16 @@ def _unfused(view: GraphView, node: ViewNode) -> Core | NoMatch:
         next((n for n in products if _multiplies(view, n, learned=True)), None)
     if scores is None:
         return NoMatch("no product of two activations above the softmax: a router, a gate or a classifier")
-    weighing = next((n for n in view.forward(node, _WEIGHTS, 16) if n.op == "matmul"), None)
+    weighing = next((n for n in view.forward(node, _WEIGHTS, 24) if n.op == "matmul"), None)
     if weighing is None:
         return NoMatch("nothing is weighed by the softmax")
     pair, factors = operands(scores), operands(weighing)
     assert pair is not None and factors is not None
-    behind = crossing(view, [node], weighing, VIEWS | {"mul", "where"})
+    behind = crossing(view, [node], weighing, _WEIGHTS)
     value = factors[1] if factors[0] in behind or factors[0] is node else factors[0]
     if value.weighted and value.static:
         return NoMatch("the softmax weighs the rows of a weight: a mixture of learned vectors")
-    core = crossing(view, [scores], weighing, _SCORES | {"softmax"})
+    core = crossing(view, [scores], weighing, _SCORES | {"softmax", "sum"})
     mask = tuple(p for n in core if n.op in ("add", "where", "maximum") for p in n.inputs if p not in core)
     return Core(ordered(core), pair[0], pair[1], value, weighing, mask, False, False)
 

@@ -60,10 +60,16 @@ def _square(ids: ViewNode) -> bool:
 
 def _table_of_biases(view: GraphView, node: ViewNode) -> Outcome:
     table, ids = node.inputs[0], node.inputs[-1]
-    if table.op != "parameter" or not node.static or not ids.is_int or len(node.inputs) != 2:
-        return NoMatch("indexing of values, not of a table of weights")
-    return Match(kind="positional", core=(node,), confidence=0.85, annotations={"variant": "relative"},
-                 reason="a table of biases read by pairs of positions")
+    if not table.static or not table.is_float or not ids.is_int or len(node.inputs) != 2:
+        return NoMatch("indexing of values, not of a table")
+    if node.static and table.weighted:
+        return Match(kind="positional", core=(node,), confidence=0.85, annotations={"variant": "relative"},
+                     reason="a table of biases read by pairs of positions")
+    if view.through_views(table).kind == "call" or table.weighted or not _counts_positions(view, ids):
+        return NoMatch("indexing of constants by ids that nobody counted")
+    counted = [n for n in (ids, *view.backward(ids, _IDS, 64)) if n.kind == "call" and n.op in _COUNTS | ELEMENTWISE]
+    return Match(kind="positional", core=(node,), nodes=tuple(counted), confidence=0.85,
+                 annotations={"variant": "sinusoidal", "table": True}, reason="a constant table read by position")
 
 
 EMBEDDING = Pattern(name="embedding", matcher=match_embedding, kinds=("embedding", "positional"), priority=30,

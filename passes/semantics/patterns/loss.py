@@ -1,44 +1,48 @@
-"""Loss: a comparison with labels; optimizer update: new parameters from gradients and moments."""
+"""Loss: what compares with labels, or reduces a whole graph to the number that leaves it."""
 from __future__ import annotations
 
-from genie_dynamo.passes.semantics.ops import ELEMENTWISE, VIEWS
+from genie_dynamo.passes.semantics.ops import VIEWS
 from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern, ordered
-from genie_dynamo.passes.semantics.patterns.search import LOSSES
-from genie_dynamo.passes.semantics.view import GraphView, ViewNode
+from genie_dynamo.passes.semantics.patterns.search import FLOW, LOSSES
+from genie_dynamo.passes.semantics.view import GraphView, ViewNode, is_linear
 
-_STEP = ELEMENTWISE | VIEWS | {"_foreach_sqrt", "_foreach_div", "_foreach_add", "_foreach_mul", "_foreach_maximum"}
-_SCALED = VIEWS | {"mul", "neg"}
+_REDUCTIONS = frozenset({"mean", "sum"})
+_COMPARED = FLOW | _REDUCTIONS | {
+    "log_softmax", "softmax", "logsumexp", "gather", "index", "eq", "ne", "gt", "lt", "xlogy", "linalg_vector_norm",
+    "one_hot", "scalar_tensor"}
 
 
 def match_loss(view: GraphView, node: ViewNode) -> Outcome:
+    if node.op in _REDUCTIONS:
+        return _reduced(view, node)
     before = [n for n in view.backward(node, VIEWS | {"log_softmax"}, 12)
               if n.op == "log_softmax" or (n.op in VIEWS and len(n.users) == 1 and n.kind == "call")]
     items = [u for u in node.users if u.op == "item"]
-    return Match(kind="loss", core=ordered([node, *items]), nodes=ordered(before), confidence=0.97,
+    after = [n for n in view.forward(node, FLOW | _REDUCTIONS, 12) if n.op in FLOW | _REDUCTIONS and n.rank == 0]
+    return Match(kind="loss", core=ordered([node, *items]), nodes=ordered([*before, *after]), confidence=0.97,
                  reason=f"the op {node.target}", annotations={"variant": node.op})
 
 
-def match_optimizer(view: GraphView, node: ViewNode) -> Outcome:
-    """Parameters moved by a step over roots of running squares (Adam and kin): one op, per tensor, or over lists."""
-    if node.op.startswith("_fused_"):
-        return Match(kind="optimizer_update", core=(node,), confidence=0.98, reason=f"the op {node.target}")
-    divisor = node.inputs[-1] if node.inputs else node
-    above = [divisor, *view.backward(divisor, _STEP, 24)]
-    roots = [n for n in above if n.op in ("sqrt", "_foreach_sqrt")]
-    if not roots or any(n.op in ("mean", "var") for n in above):
-        return NoMatch("nothing is divided by the root of running squares")
-    if node.op == "div":
-        total = next((n for n in view.forward(node, _SCALED, 8) if n.op in ("add", "sub") and any(
-            view.through_views(p).kind == "input" for p in n.inputs)), None)
-        if total is None:
-            return NoMatch("the quotient is no step of something that is given")
-        return Match(kind="optimizer_update", core=(node, total), nodes=ordered(roots), confidence=0.8,
-                     reason="a value that is given moves by a step over the root of running squares")
-    return Match(kind="optimizer_update", core=(node,), nodes=ordered(roots), confidence=0.85,
-                 reason="a step divided by the root of running squares")
+def _reduced(view: GraphView, node: ViewNode) -> Outcome:
+    """The last reduction of a loss that is written out: it leaves one number, and the number leaves the graph."""
+    if node.rank != 0 or not node.is_float or not node.inputs or node.inputs[0].rank == 0:
+        return NoMatch("not a reduction to one number")
+    if node.static and not node.weighted:
+        return NoMatch("a number that the input does not change")
+    below = list(view.forward(node, FLOW, 16))
+    if not any(n.op == "output" for n in below):
+        return NoMatch("the number is used within the graph")
+    above = [n for n in view.backward(node, _COMPARED, 48) if n.kind == "call"]
+    if any(n.op in LOSSES for n in above):
+        return NoMatch("it sums up what another op compared")
+    if any(n.op == "argmax" for n in above):
+        return NoMatch("it counts what is right: a report")
+    inner = [n for n in above if n.op in _COMPARED and not is_linear(n) and n.op not in ("copy", "item")]
+    after = [n for n in below if n.op in FLOW and n.rank == 0]
+    return Match(kind="loss", core=(node,), nodes=ordered([*inner, *after]), confidence=0.75,
+                 annotations={"variant": "written_out"},
+                 reason="everything is reduced to one number that leaves the graph")
 
 
-LOSS = Pattern(name="loss", matcher=match_loss, kinds=("loss",), priority=30, anchors=tuple(sorted(LOSSES)))
-OPTIMIZER = Pattern(
-    name="optimizer_update", matcher=match_optimizer, kinds=("optimizer_update",), priority=30,
-    anchors=("addcdiv", "_foreach_addcdiv", "div", "_fused_adam", "_fused_adamw", "_fused_sgd", "_fused_adagrad"))
+LOSS = Pattern(name="loss", matcher=match_loss, kinds=("loss",), priority=30,
+               anchors=(*sorted(LOSSES), *sorted(_REDUCTIONS)))

@@ -2,13 +2,14 @@
 
     router   x -> linear -> (softmax | sigmoid) -> topk -> weights and indices of experts
     experts  tokens gathered by expert -> grouped product -> act -> grouped product -> scattered back
+             or a product per expert with its slice of one weight, joined again
 """
 from __future__ import annotations
 
 from genie_dynamo.core.semantics import Scalar
 from genie_dynamo.passes.semantics.ops import ELEMENTWISE, VIEWS
 from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern, ordered
-from genie_dynamo.passes.semantics.patterns.search import FLOW
+from genie_dynamo.passes.semantics.patterns.search import FLOW, weight_of
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode, is_linear
 
 _SCORES = ELEMENTWISE | VIEWS | {"softmax", "sum", "gather", "index", "index_write", "zeros_like"}
@@ -46,6 +47,8 @@ def _after_experts(node: ViewNode) -> bool:
 
 
 def match_experts(view: GraphView, node: ViewNode) -> Outcome:
+    if node.op == "cat":
+        return _one_by_one(view, node)
     above = list(view.backward(node, FLOW, 32))
     if any(n.op == "grouped_matmul" for n in above):
         return NoMatch("a later product of experts that another anchor has")
@@ -56,6 +59,18 @@ def match_experts(view: GraphView, node: ViewNode) -> Outcome:
     annotations: dict[str, Scalar] = {"experts": weight[0] if weight else 0}
     return Match(kind="moe_experts", core=ordered(products), nodes=ordered([*inner, *before]), confidence=0.95,
                  reason="products grouped by expert", annotations=annotations)
+
+
+def _one_by_one(view: GraphView, node: ViewNode) -> Outcome:
+    products = [view.through_views(value) for value in node.inputs]
+    if len(products) < 2 or len(set(products)) < len(products) or not all(map(is_linear, products)):
+        return NoMatch("what is joined are not products, one per expert")
+    stacks = {weight_of(product, view) for product in products}
+    stack = next(iter(stacks))
+    if len(stacks) > 1 or stack.rank != 3:
+        return NoMatch("the products do not share one stack of weights")
+    return Match(kind="moe_experts", core=ordered([*products, node]), confidence=0.9,
+                 annotations={"experts": len(products)}, reason="a product per slice of one weight, joined again")
 
 
 def _below(node: ViewNode) -> list[ViewNode]:
@@ -75,4 +90,4 @@ def _below(node: ViewNode) -> list[ViewNode]:
 
 ROUTER = Pattern(name="moe_router", matcher=match_router, kinds=("moe_router",), priority=35, anchors=("topk",))
 EXPERTS = Pattern(name="moe_experts", matcher=match_experts, kinds=("moe_experts",), priority=35,
-                  anchors=("grouped_matmul",))
+                  anchors=("grouped_matmul", "cat"))

@@ -1,6 +1,7 @@
 """Normalisation: one op, or the chain of a root mean square.
 
     x -> pow 2 -> mean -> + eps -> rsqrt -> * x -> (* weight)
+    x -> norm over positions -> / its mean over channels -> * x        (global response)
 """
 from __future__ import annotations
 
@@ -14,6 +15,10 @@ _STATISTIC = frozenset({"mean", "var", "var_mean"})
 def match_norm(view: GraphView, node: ViewNode) -> Outcome:
     if node.op in ("rsqrt", "sqrt"):
         return _chain(view, node)
+    if node.op == "linalg_vector_norm":
+        return _response(view, node)
+    if node.static and node.op == "batch_norm":
+        return NoMatch("weights are normalised, not values")
     items = tuple(user for user in node.users if user.op == "item")
     return Match(kind="norm", core=(node, *items), confidence=0.99, reason=f"the op {node.target}",
                  annotations={"variant": node.op})
@@ -44,6 +49,19 @@ def _chain(view: GraphView, node: ViewNode) -> Outcome:
                  reason="a value over the root of its mean square", annotations={"variant": "rms_norm"})
 
 
+def _response(view: GraphView, node: ViewNode) -> Outcome:
+    mean = next((user for user in node.users if user.op == "mean"), None)
+    share = next((user for user in node.users if user.op == "div" and mean is not None and any(
+        p is mean or mean in p.inputs for p in user.inputs[1:])), None)
+    if mean is None or share is None:
+        return NoMatch("lengths that are not compared with their mean")
+    scaled = [user for user in share.users if user.op == "mul"]
+    between = [p for p in share.inputs if p.op == "add"]
+    return Match(kind="norm", core=ordered([node, mean, share, *between, *scaled]), confidence=0.9,
+                 reason="values scaled by their length over the mean length", annotations={
+                     "variant": "response_norm"})
+
+
 def _frozen(view: GraphView, node: ViewNode) -> Outcome:
     """x * (weight / sqrt(variance)) + (bias - mean * ...): a batch norm whose statistics are constants."""
     if not node.weighted and not any(p.op == "buffer" for p in view.backward(node, VIEWS | {"add"}, 6)):
@@ -64,4 +82,4 @@ def _first(statistic: ViewNode) -> ViewNode:
 
 
 NORM = Pattern(name="norm", matcher=match_norm, kinds=("norm",), priority=30,
-               anchors=("layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "sqrt"))
+               anchors=("layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "sqrt", "linalg_vector_norm"))

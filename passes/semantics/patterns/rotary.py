@@ -12,7 +12,8 @@ from genie_dynamo.passes.semantics.patterns.search import numel
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode
 
 _ANGLES = ELEMENTWISE | VIEWS | {"cat", "matmul", "floor_divide", "arange"}
-_ACTIVATED = VIEWS | {"gelu", "relu", "silu"}
+_ACTIVATED = VIEWS | {"gelu", "relu", "silu", "layer_norm", "conv"}
+_TABLE = VIEWS | {"interpolate", "cat"}
 _SLICES = PURE_VIEWS | {"slice", "select", "cos", "sin"}
 _HALVES = frozenset({"slice", "item", "chunk", "select", "view"})
 
@@ -84,7 +85,11 @@ def _complex(view: GraphView, node: ViewNode) -> Outcome:
 
 
 def match_angles(view: GraphView, node: ViewNode) -> Outcome:
-    """The table of cosines and sines itself."""
+    """The table of cosines and sines, or of complex unit numbers."""
+    if node.op == "polar":
+        inner = [n for n in view.backward(node.inputs[-1], _ANGLES, 24) if n.kind == "call"]
+        return Match(kind="positional", core=(node,), nodes=ordered([*inner, *node.inputs[-1:]]), confidence=0.9,
+                     reason="complex unit numbers from angles", annotations={"variant": "rotary", "table": True})
     angles = node.inputs[0] if node.inputs else node
     base = view.through(angles, VIEWS, 6)
     sources = {base, *view.backward(base, _ANGLES, 24)}
@@ -107,14 +112,19 @@ def match_learned(view: GraphView, node: ViewNode) -> Outcome:
     if len(node.inputs) != 2:
         return NoMatch("not a sum of two values")
     x, offset = node.inputs if node.inputs[1].static else node.inputs[::-1]
-    source = view.through(offset, VIEWS | {"interpolate"}, 12)
-    if x.static or source.op != "parameter" or source.hint is None or offset.hint is None:
+    if x.static or not offset.static or not offset.weighted or offset.hint is None:
         return NoMatch("not the sum of a value and a weight")
+    table = [n for n in view.backward(offset, _TABLE, 24) if n.kind == "call"]
+    sources = [n for n in (offset, *view.backward(offset, _TABLE, 24)) if n.op == "parameter"]
+    if not sources or any(n.op not in _TABLE for n in (*table, *([offset] if offset.kind == "call" else ()))):
+        return NoMatch("what is added is computed from weights, not read off one")
+    source = max(sources, key=lambda n: numel(n) or 0)
     if len(offset.hint) < 2 or offset.hint[-2] <= 1 or x.hint is None or x.hint[-2:] != offset.hint[-2:]:
         return NoMatch("the weight has no row per position: a bias")
     if len(x.hint) != 3 or (numel(source) or 0) < (offset.hint[-2] * offset.hint[-1]):
         return NoMatch("the weight is broadcast over positions, or the value is no sequence")
-    return Match(kind="positional", core=(node,), confidence=0.85, reason="a weight with a row per position is added",
+    return Match(kind="positional", core=(node,), nodes=ordered([*table, *([offset] if offset.kind == "call" else ())]),
+                 confidence=0.85, reason="a weight with a row per position is added",
                  annotations={"variant": "learned"})
 
 
@@ -125,12 +135,16 @@ def match_convolved(view: GraphView, node: ViewNode) -> Outcome:
     channels = node.hint[1] if node.hint else 0
     if node.inputs[1].hint is None or node.inputs[1].hint[1] >= channels:
         return NoMatch("not grouped: it mixes all channels")
+    if (node.inputs[1].hint[2:] or (1,))[0] == 1:
+        return NoMatch("it looks at one position only")
+    if any(n.op == "conv" for n in view.backward(node, _ACTIVATED - {"conv"}, 8)):
+        return NoMatch("a later one of several in a row")
     source = view.through_views(node.inputs[0])
-    path = list(view.forward(node, _ACTIVATED, 16))
+    path = list(view.forward(node, _ACTIVATED, 192))
     total = next((n for n in path if n.op == "add" and any(view.through_views(p) is source for p in n.inputs)), None)
     if total is None:
         return NoMatch("its result is not added to its input")
-    inner = [n for n in path if n.op in _ACTIVATED and n.index < total.index]
+    inner = [n for n in path if n.op in _ACTIVATED and node.index < n.index < total.index]
     return Match(kind="positional", core=(node, total), nodes=ordered(inner), confidence=0.88,
                  annotations={"variant": "convolutional"}, reason="a grouped convolution is added to its input")
 
@@ -139,6 +153,7 @@ CONVOLVED_POSITIONS = Pattern(name="convolved_positions", matcher=match_convolve
                               anchors=("conv",))
 ROTARY = Pattern(name="rotary", matcher=match_rotary, kinds=("positional",), priority=45,
                  anchors=("neg", "cat", "view_as_complex"))
-ANGLES = Pattern(name="position_table", matcher=match_angles, kinds=("positional",), priority=25, anchors=("cos",))
+ANGLES = Pattern(name="position_table", matcher=match_angles, kinds=("positional",), priority=25,
+                 anchors=("cos", "polar"))
 LEARNED_POSITIONS = Pattern(name="learned_positions", matcher=match_learned, kinds=("positional",), priority=15,
                             anchors=("add",))

@@ -25,8 +25,8 @@ def match_state_space(view: GraphView, node: ViewNode) -> Outcome:
     if out is None:
         return NoMatch("no linear layer takes the state's result")
     block, source = _block(view, node, out)
-    past = any(n.kind == "input" and n.op == "input" and n.is_float and n.rank >= 2 and n is not source
-               for b in block for n in b.inputs)
+    past = any(n.kind in ("input", "constant") and n.op in ("input", "buffer") and n.is_float and n.rank >= 2
+               and n is not source for b in block for n in b.inputs)
     kept = any(_leaves(user) for b in block if b is not out for user in b.users if user not in block)
     annotations: dict[str, Scalar] = {"variant": decay, "past": past, "kept": kept}
     if source.shape is not None and source.rank >= 3:
@@ -107,33 +107,66 @@ def _block_input(view: GraphView, node: ViewNode) -> ViewNode:
             source = view.through_views(pair[0])
             if top is start or source.index < top.index:
                 top = source
-            if _outer(source):
+            if _outer(view, source):
                 continue
             queue.append(source)
             seen.add(source)
             continue
         for producer in current.inputs:
-            if producer not in seen and not producer.static and producer.kind == "call" and not _outer(producer):
+            if producer not in seen and not producer.static and producer.kind == "call" and \
+                    not _outer(view, producer):
                 seen.add(producer)
                 queue.append(producer)
     return top
 
 
-def _outer(node: ViewNode) -> bool:
-    """A normalised value, or the residual stream: the block's own input."""
-    if node.op in ("item", "mul", "add") and any(
-            p.op in ("layer_norm", "rms_norm", "rsqrt") or any(q.op == "rsqrt" for q in p.inputs)
-            for p in node.inputs):
-        return True
+def _outer(view: GraphView, node: ViewNode) -> bool:
+    """A normalised value, or the residual stream: the block's own input. What a linear layer made is inside."""
+    source = _normalised(node)
+    if source is not None:
+        return not is_linear(view.through_views(source))
     return node.op in _STOP
+
+
+def _normalised(node: ViewNode) -> ViewNode | None:
+    """The value that this one is the normalised form of."""
+    for _ in range(3):
+        if node.op in ("layer_norm", "rms_norm", "group_norm"):
+            return node.inputs[0]
+        if node.op not in ("item", "mul", "add"):
+            return None
+        if any(p.op == "rsqrt" for p in node.inputs):
+            return next((p for p in node.inputs if p.op != "rsqrt"), None)
+        following = next((p for p in node.inputs if not p.static and p.op in (
+            "item", "mul", "add", "layer_norm", "rms_norm")), None)
+        if following is None:
+            return None
+        node = following
+    return None
 
 
 def match_recurrent(view: GraphView, node: ViewNode) -> Outcome:
     if node.op in ("lstm", "gru", "rnn"):
         items = tuple(u for u in node.users if u.op == "item")
         return Match(kind="recurrent", core=(node, *items), confidence=0.98, reason=f"the op {node.target}",
-                     annotations={"variant": node.op})
+                     annotations={"variant": node.op, **_state_of_op(view, node, items)})
     return _cell(view, node)
+
+
+def _state_of_op(view: GraphView, node: ViewNode, items: tuple[ViewNode, ...]) -> dict[str, Scalar]:
+    """Whether the state comes in and goes out, and how many steps the call adds."""
+    data = node.inputs[0]
+    states = [p for p in node.inputs[1:] if p.is_float and not p.weighted and p.rank == 3]
+    past = any(view.through_views(p).kind != "call" or not view.through_views(p).static for p in states)
+    last = [item for item in items if item.args[1] != 0] if len(items) > 1 else []
+    steps = data.shape[0 if _time_first(node, data) else 1] if data.shape is not None and data.rank == 3 else 1
+    return {"past": past, "kept": any(map(_leaves, last)), "query_length": steps}
+
+
+def _time_first(node: ViewNode, data: ViewNode) -> bool:
+    """The ops' last flag is batch_first: of those that take one."""
+    flags = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, bool)]
+    return not (flags and flags[-1])
 
 
 def _cell(view: GraphView, node: ViewNode) -> Outcome:

@@ -1,0 +1,163 @@
+"""A graph over parts of its batch -> which worker runs which stage, so that parts follow each other.
+
+    cuts that balance the workers' loads -> each timed on a clock, part by part -> the best, where it beats the others
+
+Every part of a node runs where the node was placed, so a weight lies on one worker. The clock (timeline.py) knows that
+a stage computes while the last part's result travels.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import fx
+
+from genie_dynamo.core.cost_graph import CostGraph, Device
+from genie_dynamo.core.errors import PlacementError
+from genie_dynamo.core.hardware import LinkFacts
+from genie_dynamo.core.placement import Placement, Policy, Transfer
+from genie_dynamo.passes.facts import GraphFacts
+from genie_dynamo.passes.partition import (
+    MARGIN,
+    MIN_GAIN_S,
+    Alternative,
+    Partition,
+    WorkerFacts,
+    partition,
+    price,
+    views_with_readers,
+)
+from genie_dynamo.passes.placement.interfaces import Limits, PlacementStrategy
+from genie_dynamo.passes.placement.problem import build_problem
+from genie_dynamo.passes.placement.timeline import Schedule, Timeline
+from genie_dynamo.passes.rows.split import SplitGraph
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Pipeline:
+    """One way to place the stages, timed."""
+
+    device_of: Mapping[str, str]             # node of the whole graph -> worker
+    schedule: Schedule
+    loads_s: Mapping[str, float]
+    method: str
+
+    @property
+    def bottleneck_s(self) -> float:
+        return max(self.loads_s.values())
+
+
+def pipeline_partition(gm: fx.GraphModule, facts: GraphFacts, split: SplitGraph, workers: Sequence[WorkerFacts],
+                       lanes: Sequence[LinkFacts], policy: Policy, strategy: PlacementStrategy,
+                       limits: Limits, *, aware: bool = True) -> Partition:
+    """Place the graph, as a pipeline where that is estimated to be the best.
+
+    Under max_throughput the time that counts is that of the busiest worker: calls follow each other without a gap.
+
+    Raises:  PlacementError where it fits in no way.
+    """
+    part_limits = dataclasses.replace(limits, time_limit_s=limits.time_limit_s / 3 if limits.time_limit_s else None)
+    unsplit: Partition | None = None
+    bound_s = limits.latency_bound_s
+    refusal: PlacementError | None = None
+    try:
+        unsplit = partition(gm, facts, workers, lanes, "min_cost" if policy == "min_cost" else "min_latency", strategy,
+                            part_limits, aware=aware)
+    except PlacementError as error:
+        refusal = error
+    if policy == "min_cost":
+        # Several workers for one call cost more than one of them: a pipeline is for calls that one cannot do in time.
+        if unsplit is not None:
+            return unsplit
+        limits = part_limits = dataclasses.replace(part_limits, latency_bound_s=None)
+    whole, devices = price(gm, facts, workers, lanes, aware=aware)
+    timeline = Timeline(build_problem(_priced_parts(split, facts, workers, lanes), devices))
+    best: _Pipeline | None = None
+    for found in _candidates(whole, devices, strategy, part_limits):
+        device_of = views_with_readers(gm, found.device)
+        timed = _timed(timeline, split, device_of, found.method)
+        if best is None or _time(timed, policy) < _time(best, policy):
+            best = timed
+    if best is None:
+        if unsplit is not None:
+            none = Alternative(name=f"{split.num_parts} parts of the batch", est_s=None, chosen=False,
+                               reason="no cut leaves the busiest worker with less than the whole graph")
+            return dataclasses.replace(unsplit, alternatives=(*unsplit.alternatives, none))
+        assert refusal is not None
+        raise refusal
+    if bound_s is not None and best.schedule.makespan_s > bound_s:
+        assert refusal is not None
+        raise refusal
+    return _chosen(best, unsplit, split, timeline, policy)
+
+
+def _priced_parts(split: SplitGraph, facts: GraphFacts, workers: Sequence[WorkerFacts],
+                  lanes: Sequence[LinkFacts]) -> CostGraph:
+    return price(split.gm, facts, workers, lanes)[0]
+
+
+def _candidates(graph: CostGraph, devices: Sequence[Device], strategy: PlacementStrategy,
+                limits: Limits) -> Iterator[Placement]:
+    """Placements whose busiest device is as little busy as can be; what moves counts with its weight, and more."""
+    for share in (1.0, 3.0, 10.0):
+        slower = [dataclasses.replace(d, network_gbps=(d.network_gbps or 1e3) / share,
+                                      network_latency_s=(d.network_latency_s or 0.0) * share) for d in devices]
+        try:
+            found = strategy.place(graph, slower, "max_throughput", dataclasses.replace(
+                limits, time_limit_s=limits.time_limit_s / 3 if limits.time_limit_s else None))
+        except PlacementError:
+            return
+        if len(set(found.device.values())) > 1:
+            yield found
+
+
+def _timed(timeline: Timeline, split: SplitGraph, device_of: Mapping[str, str], method: str) -> _Pipeline:
+    nodes = timeline.problem.graph.nodes
+    number = {device.id: index for index, device in enumerate(timeline.problem.devices)}
+    device_N = [number[device_of[split.origin[node.id]]] for node in nodes]
+    position = {node.name: index for index, node in enumerate(split.gm.graph.nodes)}
+    schedule = timeline.run(device_N, [-position[node.id] for node in nodes])
+    loads = [0.0] * len(number)
+    for index, device in enumerate(device_N):
+        loads[device] += timeline.seconds[index][device]
+    for _, src, dst, start, end in schedule.transfers:
+        loads[src] += end - start
+        loads[dst] += end - start
+    return _Pipeline(device_of, schedule, {d.id: loads[i] for i, d in enumerate(timeline.problem.devices)}, method)
+
+
+def _time(pipeline: _Pipeline, policy: Policy) -> float:
+    return pipeline.bottleneck_s if policy == "max_throughput" else pipeline.schedule.makespan_s
+
+
+def _chosen(best: _Pipeline, unsplit: Partition | None, split: SplitGraph, timeline: Timeline,
+            policy: Policy) -> Partition:
+    est_s = _time(best, policy)
+    used = [d.id for d in timeline.problem.devices if d.id in set(best.device_of.values())]
+    moved_s = sum(end - start for *_, start, end in best.schedule.transfers)
+    row = Alternative(name=f"{split.num_parts} parts of the batch through {len(used)} workers ({best.method})",
+                      est_s=est_s, chosen=True, reason=f"transfers take {moved_s * 1e3:.3g} ms, beside the computing")
+    if unsplit is not None and not (est_s <= MARGIN * unsplit.est_s and unsplit.est_s - est_s >= MIN_GAIN_S):
+        reason = (f"{est_s * 1e3:.3g} ms against {unsplit.est_s * 1e3:.3g} ms, and a pipeline must win "
+                  f"{1 - MARGIN:.0%} and {MIN_GAIN_S * 1e3:g} ms; {row.reason}")
+        rejected = dataclasses.replace(row, chosen=False, reason=reason)
+        return dataclasses.replace(unsplit, alternatives=(*unsplit.alternatives, rejected))
+    others = tuple(dataclasses.replace(
+        a, chosen=False, reason=a.reason or f"{(a.est_s or 0.0) * 1e3:.3g} ms against {est_s * 1e3:.3g} ms")
+        for a in (unsplit.alternatives if unsplit is not None else ()))
+    number = {name: index for index, name in enumerate(used)}
+    device_of = {node.id: best.device_of[split.origin[node.id]] for node in timeline.problem.graph.nodes}
+    names = [d.id for d in timeline.problem.devices]
+    nodes = timeline.problem.graph.nodes
+    placement = Placement(
+        device=device_of, policy=policy, objective_value=est_s, lower_bound=None, method=best.method, seconds=0.0,
+        loads_s=best.loads_s, start_s={n.id: s for n, s in zip(nodes, best.schedule.start_N, strict=True)},
+        transfers=tuple(Transfer(node=nodes[n].id, src=names[a], dst=names[b], start_s=s, end_s=e)
+                        for n, a, b, s, e in best.schedule.transfers),
+        makespan_s=best.schedule.makespan_s)
+    return Partition(
+        workers=tuple(used),
+        assign={name: number[device] for name, device in {**best.device_of, **device_of}.items()},
+        seconds={n.id: n.seconds[device_of[n.id]] or 0.0 for n in nodes},
+        memory_bytes={n.id: n.memory_bytes for n in nodes}, est_s=est_s, alternatives=(*others, row),
+        placement=placement, pinned=False, split=split)

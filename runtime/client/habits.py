@@ -1,0 +1,43 @@
+"""What a graph has seen of its tensors: whether those met at one place, an input or an output, come back.
+
+State is what comes back. Where a graph's structure says so (a cache that is appended to, an input that is written to)
+nothing needs to be learned; elsewhere the first few tensors are kept on trial, and then only what has come back.
+"""
+from __future__ import annotations
+
+TRIALS = 3
+"""So many tensors of one place are kept before any has come back."""
+MIN_STATE_BYTES = 1 << 10
+"""Smaller tensors travel: their handles would be worth as much."""
+
+
+class Habit:
+    """One place of one graph. Changed without a lock: it only steers what is kept."""
+
+    __slots__ = ("comes_back", "kind", "small", "structural", "trials")
+
+    def __init__(self, kind: str, structural: bool = False) -> None:
+        self.kind = kind                   # "input" | "output"
+        self.structural = structural
+        self.comes_back = structural
+        self.small = False                 # the last one was too small to be worth it
+        self.trials = 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the next tensor of this place is to be kept."""
+        return self.comes_back or (self.trials < TRIALS and not self.small)
+
+    def met(self, size_bytes: int) -> None:
+        """A tensor of this place was met."""
+        self.small = size_bytes < MIN_STATE_BYTES
+        self.trials += 1
+
+    @property
+    def why(self) -> str:
+        """For people: why tensors of this place are kept."""
+        if self.structural:
+            return "cache"
+        if self.kind == "output":
+            return "output fed back" if self.comes_back else "output, on trial"
+        return "input seen again" if self.comes_back else "input, on trial"

@@ -1,0 +1,126 @@
+"""Recipes (core/rebuild.py) as functions: the caller makes a value from its own tensors and the rows that came."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from genie_dynamo.core.plan import Plan
+from genie_dynamo.core.rebuild import INDEXED, VIEWS, WRITES, Rebuild, Step
+
+Read = Callable[[Sequence[Any], Mapping[str, Any], list[Any]], Any]
+"""`read(arguments of the call, pieces by name, what the steps so far have made)`: the value of one argument."""
+
+
+class Recipe:
+    """One recipe, ready to be carried out.
+
+    Args: target: position of the mutated input whose new content the value is; None for an output.
+    """
+
+    def __init__(self, recipe: Rebuild, plan: Plan, target: int | None) -> None:
+        index_of = {name: index for index, name in enumerate(plan.inputs)}
+        self.value = recipe.value
+        self.text = str(recipe)
+        self._steps = [(_resolve(step.op), [_reader(arg, index_of) for arg in step.args]) for step in recipe.steps]
+        self._ends_in_view = recipe.steps[-1].op in VIEWS
+        self._indices = [_reader(step.args[INDEXED[step.op]], index_of) for step in recipe.steps
+                         if step.op in INDEXED]
+        self._write = _in_place(recipe, plan, target)
+
+    def applies(self, args: Sequence[Any], pieces: Mapping[str, Any]) -> bool:
+        """Whether the result is defined to the bit: no index is written to twice."""
+        for read in self._indices:
+            index = read(args, pieces, [])
+            for item in index if isinstance(index, list) else [index]:
+                if item is not None and item.dtype != torch.bool and item.numel() > 1 \
+                        and item.unique().numel() != item.numel():
+                    return False
+        return True
+
+    def make(self, args: Sequence[Any], pieces: Mapping[str, Any]) -> torch.Tensor:
+        """The value, in memory of its own."""
+        made: Any = self._run(self._steps, args, pieces)
+        if self._ends_in_view:
+            # As an output of its own: autograd, and who asks for its base, would take a view for something else.
+            made = torch.empty(0, dtype=made.dtype).set_(
+                made.untyped_storage(), made.storage_offset(), made.shape, made.stride())
+        return made  # type: ignore[no-any-return]
+
+    def write(self, target: torch.Tensor, args: Sequence[Any], pieces: Mapping[str, Any]) -> None:
+        """Bring a mutated input to the value."""
+        if self._write is None:
+            target.copy_(self._run(self._steps, args, pieces))
+            return
+        made: list[Any] = []
+        for function, readers in self._steps[:-1]:
+            made.append(function(*[read(args, pieces, made) for read in readers]))
+        self._write(target, *[read(args, pieces, made) for read in self._steps[-1][1][1:]])
+
+    @staticmethod
+    def _run(steps: Sequence[tuple[Any, list[Read]]], args: Sequence[Any], pieces: Mapping[str, Any]) -> Any:
+        made: list[Any] = []
+        for function, readers in steps:
+            made.append(function(*[read(args, pieces, made) for read in readers]))
+        return made[-1]
+
+
+def _resolve(op: str) -> Any:
+    namespace, name, overload = op.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+def _reader(arg: Any, index_of: Mapping[str, int]) -> Read:
+    if type(arg) is not tuple:
+        return lambda args, pieces, made: arg
+    kind: str = arg[0]
+    target: Any = arg[1] if len(arg) > 1 else None
+    if kind == "input":
+        index = index_of[target]
+        return lambda args, pieces, made: args[index]
+    if kind == "piece":
+        return lambda args, pieces, made: pieces[target]
+    if kind == "step":
+        return lambda args, pieces, made: made[target]
+    readers = [_reader(item, index_of) for item in arg[1:]]
+    return lambda args, pieces, made: [read(args, pieces, made) for read in readers]
+
+
+def _in_place(recipe: Rebuild, plan: Plan, target: int | None) -> Callable[..., Any] | None:
+    """The write that the last step stands for, where it writes into the target itself; None where it must be copied.
+
+    What is written must not be a view of the target: memory would be read while it is overwritten.
+    """
+    last = recipe.steps[-1]
+    if target is None or last.op not in WRITES or last.args[0] != ("input", plan.inputs[target]):
+        return None
+    if any(_views(argument, recipe.steps, plan.inputs[target]) for argument in last.args[1:]):
+        return None
+    return _WRITES[last.op]
+
+
+def _views(argument: Any, steps: Sequence[Step], target: str) -> bool:
+    """Whether an argument may share memory with the target."""
+    if type(argument) is not tuple:
+        return False
+    if argument[0] == "list":
+        return any(_views(item, steps, target) for item in argument[1:])
+    if argument[0] == "step":
+        step = steps[argument[1]]
+        return step.op in VIEWS and _views(step.args[0], steps, target)
+    return bool(argument[0] == "input")    # another input may be a view of the target's memory
+
+
+def _write_slice(target: torch.Tensor, source: torch.Tensor, dim: int = 0, start: int | None = None,
+                 end: int | None = None, step: int = 1) -> None:
+    torch.ops.aten.slice.Tensor(target, dim, start, end, step).copy_(source)
+
+
+_WRITES: dict[str, Callable[..., Any]] = {
+    "aten.copy.default": lambda target, source, *_: target.copy_(source),
+    "aten.index_copy.default": lambda target, dim, index, source: target.index_copy_(dim, index, source),
+    "aten.index_put.default": lambda target, indices, values, *_: target.index_put_(indices, values),
+    "aten.slice_scatter.default": _write_slice,
+    "aten.select_scatter.default": lambda target, source, dim, index: target.select(dim, index).copy_(source),
+}

@@ -1,0 +1,204 @@
+"""State that stays on workers: how an argument that may be there travels, and what becomes of results that stay.
+
+Arguments     known there and unchanged -> its handle; a view of such a tensor -> handle and view;
+              else its content, which stays there under a new handle where the place it is met at is one of state
+Results       a value that stays comes back whole the first time, or as the rows from which the caller rebuilds it;
+              the caller's tensor is noted as resident. New contents of mutated inputs likewise
+
+What stays is a cache of what the caller holds: every tensor of his is true at all times, and sent again when needed.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from genie_dynamo.core import messages as m
+from genie_dynamo.core.plan import Plan
+from genie_dynamo.core.tensors import DTYPE_CODE, is_dense
+from genie_dynamo.runtime.client.habits import MIN_STATE_BYTES, Habit
+from genie_dynamo.runtime.client.recipes import Recipe
+from genie_dynamo.runtime.client.residency import Entry, Residency, full_key
+from genie_dynamo.runtime.client.session import Session
+from genie_dynamo.runtime.client.uploads import payload_bytes
+from genie_dynamo.runtime.client.workers import WorkerLink
+from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
+
+NOT_KEPT = (0, 0)
+
+
+class Stored(NamedTuple):
+    """A content that goes to a worker with a call, to stay there."""
+
+    entry: Entry
+    handle: tuple[int, int]
+
+
+class StateRules:
+    """What is known of one graph's state.
+
+    Args: bumped: inputs whose version AOTAutograd raises before each call.
+          keep_state: False where all of it travels with every call.
+    """
+
+    def __init__(self, plan: Plan, bumped: frozenset[int], keep_state: bool) -> None:
+        index_of = {name: index for index, name in enumerate(plan.inputs)}
+        targets = {name: index for index, name in reversed(plan.mutations)}
+        outputs = {output.name for output in plan.outputs if output.kind == "value"}
+        # A value that is an output too exists twice at the caller: it is made once and copied into the input.
+        self.recipes = [Recipe(recipe, plan, targets.get(recipe.value) if recipe.value not in outputs else None)
+                        for recipe in plan.rebuilds]
+        self.targets = {name: index for name, index in targets.items() if name in plan.state}
+        """Value -> position of the mutated input whose new content it is."""
+        self.written = {r.value for r in self.recipes} & set(self.targets) - outputs
+        """Values that are written into the mutated input as rows, and exist nowhere else at the caller."""
+        self.active = keep_state
+        sources = {index_of[name] for recipe in plan.rebuilds for name in recipe.names("input")}
+        self._shared = [name for group in plan.aliases for name in group] + [name for name, _ in plan.input_views]
+        self._structural = sources | set(self.targets.values())
+        self._bumped = bumped
+        self._statics = frozenset(plan.static_inputs)
+        rebuilt = {recipe.value for recipe in self.recipes}
+        self._inputs: dict[int, Habit] = {}
+        self._outputs = {name: Habit("output", name in rebuilt or name in self.targets) for name in plan.state}
+        self._lane = ZmqFrames()
+
+    # -- arguments --------------------------------------------------------------------------------------------
+
+    def argument(self, residency: Residency, link: WorkerLink, index: int, tensor: torch.Tensor, frames: list[Any],
+                 sent: dict[str, int], stored: list[Stored]) -> Any:
+        """How a tensor argument travels; None where it has to go as a plain value."""
+        if tensor.is_inference() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            return None
+        version = tensor._version - (index in self._bumped)
+        entry = residency.find(tensor)
+        if entry is None:
+            return self._of_base(residency, link, tensor, version) or self._first_met(
+                residency, link, index, tensor, version, frames, sent, stored)
+        if entry.barred:
+            return None
+        key = full_key(tensor, version)
+        if entry.key == key:
+            if entry.habit is not None:
+                entry.habit.comes_back = True
+            if entry.acked.get(link.key) == entry.epoch:
+                return (m.HELD, entry.tensor_id, entry.epoch)
+        else:
+            residency.edited(entry, tensor, key)
+        if tensor.nbytes < MIN_STATE_BYTES and index not in self._structural:
+            return None
+        return self._store(entry, link, tensor, "state", frames, sent, stored)
+
+    def _first_met(self, residency: Residency, link: WorkerLink, index: int, tensor: torch.Tensor, version: int,
+                   frames: list[Any], sent: dict[str, int], stored: list[Stored]) -> Any:
+        habit = self._inputs.get(index)
+        if habit is None:
+            habit = self._inputs[index] = Habit("input", index in self._structural)
+        size_bytes = tensor.nbytes
+        if size_bytes < MIN_STATE_BYTES and (not habit.structural or size_bytes < 64):
+            return None
+        wanted = habit.wanted
+        habit.met(size_bytes)
+        entry = residency.track(tensor, full_key(tensor, version), habit)
+        if not wanted:
+            return None
+        reason = "state" if habit.comes_back else "inputs"
+        return self._store(entry, link, tensor, reason, frames, sent, stored)
+
+    def _store(self, entry: Entry, link: WorkerLink, tensor: torch.Tensor, reason: str, frames: list[Any],
+               sent: dict[str, int], stored: list[Stored]) -> Any:
+        wire = self._lane.stage(tensor, frames)
+        sent[reason] = sent.get(reason, 0) + payload_bytes(wire, frames)
+        stored.append(Stored(entry, (entry.tensor_id, entry.epoch)))
+        return (m.STORE, entry.tensor_id, entry.epoch, wire)
+
+    def _of_base(self, residency: Residency, link: WorkerLink, tensor: torch.Tensor, version: int) -> Any:
+        """The tensor as a view of one that the worker has; None where it is not."""
+        base = tensor._base
+        if base is None or base.dtype != tensor.dtype or tensor.is_conj() or tensor.is_neg():
+            return None
+        entry = residency.find(base)
+        if entry is None or entry.barred or entry.key != full_key(base, version) \
+                or entry.acked.get(link.key) != entry.epoch or not is_dense(base.shape, base.stride()):
+            return None
+        if entry.habit is not None:
+            entry.habit.comes_back = True
+        view = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset() - base.storage_offset())
+        return (m.HELD, entry.tensor_id, entry.epoch, view)
+
+    def comes_back(self, name: str) -> bool:
+        """Whether a value is known to be state."""
+        habit = self._outputs.get(name)
+        return habit is not None and habit.comes_back
+
+    # -- results ----------------------------------------------------------------------------------------------
+
+    def handles(self, session: Session, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
+        """Handles for the values that are to stay on a worker now; empty where none is."""
+        habits = self._outputs
+        chosen = tuple([(session.next_id(), 1) if habits[name].wanted else NOT_KEPT for name in names])
+        return chosen if any(handle is not NOT_KEPT for handle in chosen) else ()
+
+    def rebuild(self, session: Session, args: Sequence[Any], named: dict[str, Any],
+                kept: Mapping[str, tuple[WorkerLink, tuple[int, int], Any]]) -> list[Recipe]:
+        """Make the values that did not come whole; the recipes that write into inputs are returned, to be carried out.
+
+        A value that cannot be made to the bit is fetched from the worker that keeps it, and counted.
+        """
+        writes = []
+        for recipe in self.recipes:
+            link, handle, form = kept[recipe.value]
+            if not recipe.applies(args, named):
+                named[recipe.value] = self._whole(session, link, handle, "an index occurs twice")
+            elif recipe.value in self.written:
+                writes.append(recipe)
+            else:
+                made = recipe.make(args, named)
+                if form != (DTYPE_CODE[made.dtype], tuple(made.shape), made.stride()):
+                    made = self._whole(session, link, handle, "the layout differs")
+                named[recipe.value] = made
+        return writes
+
+    @staticmethod
+    def _whole(session: Session, link: WorkerLink, handle: tuple[int, int], why: str) -> torch.Tensor:
+        session.telemetry.event(f"state came whole: {why}")
+        return session.fetch(link, *handle)
+
+    def settle(self, session: Session, args: Sequence[Any], named: Mapping[str, Any],
+               kept: Mapping[str, tuple[WorkerLink, tuple[int, int], Any]]) -> None:
+        """After everything has been committed: note which of the caller's tensors are resident now."""
+        residency = session.residency
+        for name in self._shared:
+            if isinstance(named.get(name), torch.Tensor):
+                residency.bar(named[name])
+        for name, habit in self._outputs.items():
+            target = self.targets.get(name)
+            tensor = named.get(name) if target is None else args[target]
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            found = kept.get(name)
+            trackable = not tensor.is_inference() and tensor.layout is torch.strided
+            if target is None:
+                habit.met(tensor.nbytes)
+            if found is None:
+                if trackable and target is None and not habit.small:
+                    residency.track(tensor, full_key(tensor, tensor._version), habit)
+                continue
+            link, handle, form = found
+            if not trackable or form != (DTYPE_CODE[tensor.dtype], tuple(tensor.shape), tensor.stride()):
+                link.frees.append(handle)
+            elif target is None:
+                residency.born(tensor, habit, handle, link.key)
+            else:
+                self._overwritten(residency, target, tensor, habit, handle, link)
+
+    def _overwritten(self, residency: Residency, target: int, tensor: torch.Tensor, habit: Habit,
+                     handle: tuple[int, int], link: WorkerLink) -> None:
+        entry = residency.find(tensor)
+        if entry is None:
+            residency.born(tensor, habit, handle, link.key)
+        elif entry.barred:
+            link.frees.append(handle)
+        else:
+            residency.committed(entry, tensor, handle, link.key)

@@ -1,0 +1,143 @@
+"""`microbatches` over two real workers: what the whole batch gives, one message per worker, no detour by the client."""
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import genie_dynamo as genie
+from genie_dynamo import parts, sessions, worker_facts
+from genie_dynamo.core.errors import ConfigError, UnsupportedGraphError
+from tests.face.test_placed import known
+
+
+@pytest.fixture(autouse=True)
+def two_workers(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Iterator[None]:
+    monkeypatch.setattr(worker_facts, "facts_of", known)
+    monkeypatch.setattr(parts, "_said", set())
+    genie.init(workers=2, num_threads=1, strict=True)
+    yield
+    genie.shutdown()
+    sessions._config = None
+
+
+class Decoder(nn.Module):
+    """Layers of causal attention and a feed-forward net."""
+
+    def __init__(self, layers: int = 4, width: int = 128) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(97, width)
+        self.layers = nn.ModuleList(nn.ModuleDict({
+            "norm": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width),
+            "mlp": nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
+                                 nn.Linear(4 * width, width))}) for _ in range(layers))
+        self.head = nn.Linear(width, 97)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.embedding(ids)
+        for layer in self.layers:
+            rows, length, width = h.shape
+            q, k, v = layer["qkv"](layer["norm"](h)).view(rows, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            h = h + layer["out"](mixed.transpose(1, 2).reshape(rows, length, width))
+            h = h + layer["mlp"](h)
+        out: torch.Tensor = self.head(h)
+        return out
+
+
+def vision() -> nn.Sequential:
+    return nn.Sequential(*[layer for k in range(4) for layer in (
+        nn.Conv2d(3 if k == 0 else 24, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU())],
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
+
+
+def calls() -> dict[str, int]:
+    return {name: row["calls"] for name, row in genie.get_stats()["workers"].items()}
+
+
+@pytest.mark.parametrize("model, x", [
+    (Decoder(), torch.arange(16 * 64).view(16, 64) % 97), (vision(), torch.randn(16, 3, 64, 64))],
+    ids=["decoder", "vision"])
+def test_a_batch_goes_through_two_workers_in_parts(model: nn.Module, x: torch.Tensor) -> None:
+    compiled = torch.compile(model.eval(), backend="genie", options={"microbatches": 4})
+    with torch.no_grad():
+        expected = model(x)
+        compiled(x)
+        genie.reset_stats()
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
+    assert calls() == {"w0": 2, "w1": 2}, "one message for each worker and call"
+    moved = genie.get_stats()["by_reason"]
+    assert moved["inputs"]["sent"] == 2 * x.nbytes and moved["outputs"]["received"] == 2 * expected.nbytes
+    assert moved["state"]["received"] == 0 and moved["weights"]["sent"] == 0
+
+
+def test_training_in_parts_gives_the_gradients_of_the_whole_batch() -> None:
+    torch.manual_seed(0)
+    model = Decoder()
+    reference = copy.deepcopy(model)
+    ids = torch.arange(16 * 64).view(16, 64) % 97
+    compiled = torch.compile(model, backend="genie", options={"microbatches": 4})
+    for run in (compiled, reference):
+        for _ in range(2):
+            nn.functional.cross_entropy(run(ids).flatten(0, 1), ids.flatten()).backward()
+    for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+    assert calls() == {"w0": 4, "w1": 4}, "forward and backward, twice"
+
+
+def test_a_step_with_its_backward_in_one_graph_runs_in_parts() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(256, 256), nn.Tanh())])
+    weights = dict(model.named_parameters())
+    x, target = torch.randn(128, 256), torch.arange(128) % 256
+
+    def step(x: torch.Tensor, target: torch.Tensor) -> Any:
+        def loss(weights: Any) -> torch.Tensor:
+            return nn.functional.cross_entropy(torch.func.functional_call(model, weights, (x,)), target)
+
+        return torch.func.grad_and_value(loss)(weights)
+
+    compiled = torch.compile(step, backend="genie", options={"microbatches": 4})
+    expected, value = step(x, target)
+    for _ in range(2):
+        gradients, found = compiled(x, target)
+        torch.testing.assert_close(found, value)
+        torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+    assert calls() == {"w0": 2, "w1": 2}
+
+
+def test_what_cannot_be_cut_is_refused_in_strict_mode_and_said_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = vision().train(), torch.randn(8, 3, 16, 16)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as refused:
+        torch.compile(model, backend="genie", options={"microbatches": 4})(x)
+    assert isinstance(refused.value.inner_exception, UnsupportedGraphError)
+    assert "BatchNorm in training" in str(refused.value)
+    torch._dynamo.reset()
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="genie", options={"microbatches": 4, "strict": False})
+    with caplog.at_level(logging.WARNING, logger="genie_dynamo"):
+        torch.testing.assert_close(compiled(x), reference(x), rtol=1e-5, atol=1e-5)
+    assert "BatchNorm in training" in caplog.text
+    assert any("microbatches not used" in event for event in genie.get_stats()["events"])
+
+
+def test_a_number_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="microbatches"):
+        genie.compile(nn.Linear(2, 2), microbatches=0)
+
+
+def test_explain_shows_the_pipeline() -> None:
+    genie.init(workers=2, num_threads=1, microbatches=4)
+    with torch.no_grad():
+        found = genie.explain(Decoder().eval(), torch.arange(16 * 64).view(16, 64) % 97)
+    (graph,) = found.graphs
+    chosen = [a for a in graph.alternatives if a.chosen]
+    assert len(chosen) == 1 and "4 parts of the batch through 2 workers" in chosen[0].name
+    assert {f.worker for f in graph.fragments} == {"w0", "w1"}
+    assert all(f.est_s and f.measured_s and f.bytes_out for f in graph.fragments)

@@ -1,0 +1,97 @@
+"""Stages for parts of a batch: chosen where a pipeline is estimated to win, timed part by part."""
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from genie_dynamo.core.errors import PlacementError
+from genie_dynamo.core.plan import GuardFacts, verify_plan
+from genie_dynamo.passes.partition import MARGIN, Partition
+from genie_dynamo.passes.pipelining import pipeline_partition
+from genie_dynamo.passes.placement.interfaces import Limits
+from genie_dynamo.passes.placement.planner import Planner
+from genie_dynamo.passes.planning import plan_graph
+from genie_dynamo.passes.rows.split import split_batch
+from tests.passes.test_partition import WORKERS, capture, lane
+
+
+def chain(width: int = 512, layers: int = 8) -> nn.Sequential:
+    return nn.Sequential(*[layer for _ in range(layers) for layer in (nn.Linear(width, width), nn.GELU())]).eval()
+
+
+def pipeline(graph: Any, parts: int, workers: Sequence[Any] = WORKERS, policy: Any = "min_latency",
+             lanes: Any = None) -> Partition:
+    return pipeline_partition(*graph, split_batch(*graph, parts), workers, lanes or [lane()], policy,
+                              Planner(time.monotonic), Limits())
+
+
+@pytest.fixture(scope="module")
+def graph() -> Any:
+    return capture(chain(), torch.randn(256, 512))
+
+
+def test_a_chain_becomes_two_stages_whose_parts_overlap(graph: Any) -> None:
+    found = pipeline(graph, 4)
+    assert found.workers == ("w0", "w1") and found.split is not None and found.placement is not None
+    whole = min(a.est_s for a in found.alternatives if a.est_s is not None and a.name in ("w0", "w1"))
+    # Two balanced stages and four parts take 5/8 of the time of one worker, and transfers are on top.
+    assert 5 / 8 * whole < found.est_s < MARGIN * whole
+    plan = plan_graph(found.split.gm, graph[1], GuardFacts(), assign=lambda n: found.assign[n.name], num_workers=2)
+    verify_plan(plan)
+    # One run of nodes on each worker, one value between them for each part.
+    first, second = plan.fragments
+    assert {first.worker, second.worker} == {0, 1}
+    assert len(set(first.outputs) & set(second.inputs)) == 4
+    starts = found.placement.start_s
+    stage_of = {name: found.assign[name] for name in found.split.part}
+    last_of_first = max(starts[n] for n, w in stage_of.items() if w == first.worker)
+    assert min(starts[n] for n, w in stage_of.items() if w == second.worker) < last_of_first
+
+
+def test_more_parts_are_estimated_to_be_better_until_messages_eat_the_gain(graph: Any) -> None:
+    estimates = {k: pipeline(graph, k).est_s for k in (2, 4, 8)}
+    assert estimates[4] < estimates[2]
+    slow = [lane(latency_s=5e-4)]
+    late = {k: pipeline(graph, k, lanes=slow).est_s for k in (4, 64)}
+    assert late[64] > late[4]
+
+
+def test_a_slow_lane_keeps_the_graph_whole_and_says_what_the_pipeline_would_take(graph: Any) -> None:
+    found = pipeline(graph, 4, lanes=[lane(latency_s=1.0)])
+    assert len(found.workers) == 1 and found.split is None
+    (row,) = [a for a in found.alternatives if "parts of the batch" in a.name]
+    assert not row.chosen and row.est_s is None and "busiest worker" in row.reason
+    slower = pipeline(graph, 4, lanes=[lane(latency_s=3e-3)])
+    (row,) = [a for a in slower.alternatives if "parts of the batch" in a.name]
+    assert slower.split is None and not row.chosen and row.est_s and "must win" in row.reason
+
+
+def test_under_max_throughput_the_busiest_worker_counts(graph: Any) -> None:
+    found = pipeline(graph, 4, policy="max_throughput")
+    assert found.split is not None and found.placement is not None
+    assert found.est_s == max(found.placement.loads_s.values())
+    assert found.est_s < (found.placement.makespan_s or 0.0)
+
+
+def test_the_part_of_a_weight_lies_on_one_worker(graph: Any) -> None:
+    found = pipeline(graph, 4)
+    assert found.split is not None
+    homes: dict[str, set[int]] = {}
+    for node, origin in found.split.origin.items():
+        homes.setdefault(origin, set()).add(found.assign[node])
+    assert all(len(workers) == 1 for workers in homes.values())
+
+
+def test_memory_that_one_worker_lacks_makes_a_pipeline_of_it_whatever_it_costs(graph: Any) -> None:
+    held = 8 * 512 * 513 * 4
+    small = [replace(w, memory_bytes=int(held * 0.8) + (1 << 20)) for w in WORKERS]
+    found = pipeline(graph, 4, small, lanes=[lane(latency_s=0.01)])
+    assert len(found.workers) == 2
+    with pytest.raises(PlacementError):
+        pipeline(graph, 4, [replace(w, memory_bytes=1 << 20) for w in WORKERS])
