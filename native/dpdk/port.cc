@@ -22,7 +22,7 @@ constexpr std::uint32_t kMaxAfXdpMtu = 3542;          // one page less headroom:
 constexpr std::uint32_t kGatherFromBytes = 1024;      // below, copying costs less than a second mbuf
 constexpr std::uint32_t kMaxExternalBytes = 0xFFFF;   // rte_pktmbuf_attach_extbuf() counts in 16 bits
 constexpr std::uint16_t kDescriptors = 512;
-constexpr unsigned kPoolFrames = 2048, kPoolHeads = 1024, kPoolCache = 64;
+constexpr unsigned kPoolFrames = 1536, kPoolHeads = 1024, kPoolCache = 64;
 
 std::atomic<unsigned> next_number{0};
 
