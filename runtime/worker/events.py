@@ -67,7 +67,7 @@ class Deliver(NamedTuple):
 
     address: str
     key: str
-    message: m.Message
+    message: m.Land
     frames: Sequence[Any] = ()
 
 

@@ -177,7 +177,8 @@ class Shell:
             elif type(command) is Abandon:
                 self._drop(command.run)
             elif type(command) is Deliver:
-                self._peer(command.address, command.key, [pack(m.to_wire(command.message)), *command.frames])
+                self._peers.send(Peer(command.address, command.key, ()), command.message.session,
+                                 [pack(m.to_wire(command.message)), *command.frames])
             elif type(command) is Measure:
                 self._background.add(command)
 
