@@ -48,6 +48,7 @@ class _Way:
     def __init__(self) -> None:
         self.end: NativeEnd | None = None
         self.fd = -1
+        self.tried = False               # whether a lane was looked for; a message that names no offers does not
         self.reason = "not tried yet"
         self.unsure: deque[tuple[Transfer, list[Any]]] = deque()
 
@@ -74,8 +75,9 @@ class Peers:
         way = self._ways.get(peer.address)
         if way is None:
             way = self._ways[peer.address] = _Way()
-            if peer.offers and native.module() is not None:
-                threading.Thread(target=self._open, args=(peer, session), name="genie-peer-lane", daemon=True).start()
+        if peer.offers and not way.tried and native.module() is not None:
+            way.tried = True
+            threading.Thread(target=self._open, args=(peer, session), name="genie-peer-lane", daemon=True).start()
         if self._proven:
             self._take_proven()
         if way.end is None or not self._over_lane(peer, way, parts):
