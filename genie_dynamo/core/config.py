@@ -264,8 +264,8 @@ class Config:
                 f"heartbeat_interval_s={self.heartbeat_interval_s:g}; make it at least twice the interval",
                 option="heartbeat_timeout_s")
         if self.latency_bound_s is not None and self.policy != "min_cost":
-            raise ConfigError(f"latency_bound_s={self.latency_bound_s:g} bounds min_cost; policy={self.policy!r} has no "
-                              "use for it", option="latency_bound_s")
+            raise ConfigError(f"latency_bound_s={self.latency_bound_s:g} bounds min_cost; policy={self.policy!r} has "
+                              "no use for it", option="latency_bound_s")
         if self.workers is not None and self.cluster is not None:
             raise ConfigError(
                 f"both workers={self.workers!r} and cluster={self.cluster!r} are given; keep one of them",
