@@ -1,4 +1,4 @@
-"""What DPDK does to a process that has other things to do, each in a process of its own; no NIC and no hugepages needed."""
+"""What DPDK does to a process that has other things to do, each in a process of its own; without NIC or hugepages."""
 from __future__ import annotations
 
 import subprocess
@@ -27,8 +27,8 @@ def _dpdk_is_here() -> None:
 
 def script(text: str, *prefix: str) -> str:
     """What a process prints that runs `text`; it must end well."""
-    done = subprocess.run([*prefix, sys.executable, "-c", PRELUDE + textwrap.dedent(text)], capture_output=True, text=True,
-                          timeout=100, check=False)
+    done = subprocess.run([*prefix, sys.executable, "-c", PRELUDE + textwrap.dedent(text)], capture_output=True,
+                          text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return done.stdout
 
