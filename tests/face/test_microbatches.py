@@ -143,3 +143,4 @@ def test_explain_shows_the_pipeline() -> None:
     assert len(chosen) == 1 and "4 parts of the batch through 2 workers" in chosen[0].name
     assert {f.worker for f in graph.fragments} == {"w0", "w1"}
     assert all(f.est_s and f.measured_s and f.bytes_out for f in graph.fragments)
+    assert {f"part {n}" for n in range(4)} <= {span.label for span in graph.timeline}
