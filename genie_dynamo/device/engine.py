@@ -75,10 +75,13 @@ class Engine:
             self._rng_tail = node
         return node
 
-    def upload(self, tensor: torch.Tensor) -> Node:
-        """A node for the present content of a CPU tensor."""
+    def upload(self, tensor: torch.Tensor, *, stays: bool = False) -> Node:
+        """A node for the present content of a CPU tensor.
+
+        Args: stays: more than one run will want it.
+        """
         node = uploaded(tensor.detach().clone())
-        if tensor.numel() * tensor.element_size() >= INLINE_BYTES:
+        if stays or tensor.numel() * tensor.element_size() >= INLINE_BYTES:
             with self.lock:
                 self._put(node, *self.place())
         return node
@@ -139,6 +142,8 @@ class Engine:
                     return [self.value_of(node) for node in returned]
                 try:
                     recording = collect(roots, todo, () if tail is None else (tail,))
+                    if self._spread(recording, {leaf for leaf in recording.leaves if type(leaf.value) is Failed}):
+                        continue
                     came = self._run_recording(recording)
                 except (RemoteExecutionError, WorkerMemoryError) as error:
                     self._fail(recording, error)
@@ -159,6 +164,13 @@ class Engine:
         session, link = self.place()
         value.check(session, link)
         return fetch(session, value)
+
+    def recorded(self) -> Recording:
+        """What is recorded and lives, as the next run would run it; it is not run."""
+        with self.lock:
+            roots, holders = self._roots()
+            _list_again(holders)
+            return collect(roots, (), () if self._rng_tail is None else (self._rng_tail,))
 
     def _roots(self) -> tuple[list[Node], list[Any]]:
         """The nodes that live storages hold and that still have to be run, and those storages."""
@@ -183,7 +195,6 @@ class Engine:
     def _run_recording(self, recording: Recording) -> list[Any]:
         session, link = self.place()
         for leaf in recording.leaves:
-            _raise_if_failed(leaf)
             if type(leaf.value) is Resident:
                 leaf.value.check(session, link)
         _, numbers, program = self._program(session, link, recording)
@@ -235,14 +246,25 @@ class Engine:
         found = re.search(r"in node (\w+) = ", notes)
         variant = self.structures[recording.key].variant(recording)[0]
         names = [n.name for n in variant.graph.graph.nodes if n.op == "call_function"]
-        broken = {recording.nodes[names.index(found[1])]} if found and found[1] in names else set(recording.nodes)
+        broken = [recording.nodes[names.index(found[1])]] if found and found[1] in names else recording.nodes
+        for node in broken:
+            node.value = Failed(error)
+            node.inputs = ()
+        self._spread(recording, set(broken))
+
+    def _spread(self, recording: Recording, broken: set[Node]) -> bool:
+        """Fail what hangs on broken nodes; whether there is any."""
+        if not broken:
+            return False
         for node in recording.nodes:
-            if node in broken or any(source in broken for source in node.inputs if source is not self._before(node)):
+            causes = [source for source in node.inputs if source in broken and source is not self._before(node)]
+            if causes:
                 broken.add(node)
-                node.value = Failed(error)
+                node.value = Failed(causes[0].value.error)
                 node.inputs = ()
         if self._rng_tail is not None and type(self._rng_tail.value) is Failed:
             self._rng_tail = None
+        return True
 
     def _before(self, node: Node) -> Node | None:
         """The random node that a random node only has to follow."""

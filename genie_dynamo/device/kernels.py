@@ -73,11 +73,13 @@ def _binary(general: Kernel) -> Kernel:
         if len(args) == 2 and not kwargs:
             try:
                 a, second = storage_of(args[0]).genie, args[1]
+                inputs: tuple[Any, ...]
+                scalars: tuple[Any, ...] = ()
                 if type(second) is float:
                     call, inputs, scalars = found[a.layout, float], (a,), (second,)
                 else:
                     b = storage_of(second).genie
-                    call, inputs, scalars = found[a.layout, b.layout], (a, b), ()
+                    call, inputs = found[a.layout, b.layout], (a, b)
             except (AttributeError, KeyError, RuntimeError, TypeError):
                 pass
             else:
@@ -92,8 +94,8 @@ def _binary(general: Kernel) -> Kernel:
                     fresh.append(reference(storage))
                     return tensor
         result = general(*args, **kwargs)
-        made = storage_of(result).genie
-        if len(args) == 2 and not kwargs and isinstance(args[0], Tensor) and type(made) is Node and made.inputs:
+        made: Any = storage_of(result).genie
+        if len(args) == 2 and not kwargs and isinstance(args[0], Tensor) and made.inputs:
             kinds = tuple([made.inputs[0].layout, *[n.layout for n in made.inputs[1:]], *map(type, made.scalars)])
             if made.call.single is not None and len(kinds) == 2 and len(made.inputs) + len(made.scalars) == 2:
                 if len(found) > MAX_KNOWN:

@@ -17,7 +17,7 @@ from genie_dynamo.device.nodes import Layout, Node, layout, layout_of
 
 Tensor = torch.Tensor
 
-storage_of = torch.Tensor.untyped_storage
+storage_of: Any = torch.Tensor.untyped_storage
 create = torch._C._acc.create_empty_tensor
 reference = weakref.ref
 _shifted: Any = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
@@ -185,7 +185,7 @@ def is_ours(value: Any) -> bool:
 
 def node_of(tensor: Tensor) -> Node:
     """The current value of a tensor of the device."""
-    found = storage_of(tensor).genie  # type: ignore[attr-defined]
+    found = storage_of(tensor).genie
     return found if type(found) is Node else read(tensor, found)
 
 

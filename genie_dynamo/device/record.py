@@ -73,7 +73,7 @@ class Op:
         for value, kind in zip(args, self.kinds, strict=False):
             if isinstance(value, Tensor):
                 try:
-                    node = storage_of(value).genie  # type: ignore[attr-defined]
+                    node = storage_of(value).genie
                 except (AttributeError, RuntimeError):     # not of the device, or without a storage
                     self._foreign(value, key, inputs)
                     continue
@@ -94,7 +94,7 @@ class Op:
             key.append(value.layout)
         elif isinstance(value, Tensor):
             try:
-                node = storage_of(value).genie  # type: ignore[attr-defined]
+                node = storage_of(value).genie
             except (AttributeError, RuntimeError):
                 self._foreign(value, key, inputs)
                 return

@@ -41,8 +41,9 @@ def _kernel_of(qualified: str) -> Any:
     special = SPECIAL.get(qualified)
     if special is not None:
         return special
-    if qualified in _LEFT_TO_TORCH or qualified.removeprefix("aten::") in COMPOSED or torch._C._dispatch_has_kernel_for_dispatch_key(
-            qualified, "CompositeImplicitAutograd"):
+    if qualified in _LEFT_TO_TORCH or qualified.removeprefix("aten::") in COMPOSED:
+        return None
+    if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CompositeImplicitAutograd"):
         return None
     name, _, overload = qualified.removeprefix("aten::").partition(".")
     target = getattr(getattr(torch.ops.aten, name), overload or "default", None)
