@@ -34,8 +34,8 @@ def table(graph: SemanticGraph) -> str:
 
 
 def _row(region: Region) -> str:
-    flops = f"{region.flops / 1e6:.2f}" if region.flops is not None else "-"
-    moved = f"{region.bytes_moved / 1e6:.2f}" if region.bytes_moved is not None else "-"
+    flops = f"{region.flops / 1e6:.3g}" if region.flops is not None else "-"
+    moved = f"{region.bytes_moved / 1e6:.3g}" if region.bytes_moved is not None else "-"
     ratio = region.arithmetic_intensity
     mark = "" if region.trusted else "?"
     what = " ".join(f"{name}={value}" for name, value in region.annotations)
@@ -78,7 +78,7 @@ def _quoted(text: str) -> str:
 
 _STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222}
 h1{font-size:1.4rem;margin:0}p.why{color:#555;margin:.2rem 0 1.2rem}table{border-collapse:collapse;width:100%}
-td,th{text-align:left;padding:.2rem .6rem;border-bottom:1px solid #ddd;vertical-align:top}td.n{text-align:right;
+td,th{text-align:left;padding:.2rem .6rem;border-bottom:1px solid #ddd;vertical-align:top}td.n,th.n{text-align:right;
 font-variant-numeric:tabular-nums}.k{display:inline-block;width:.8rem;height:.8rem;margin-right:.4rem;border-radius:2px}
 .strip{display:flex;height:2.2rem;margin:0 0 1.2rem;border-radius:4px;overflow:hidden}.strip span{min-width:2px}
 .doubt{color:#a40000}details>summary{cursor:pointer}code{font-size:12px;color:#555;overflow-wrap:anywhere}"""
@@ -91,8 +91,8 @@ def page(graph: SemanticGraph) -> str:
                       f"{', '.join(graph.modalities) or 'none known'}; {graph.num_nodes} nodes")
     warnings = "".join(f'<p class="doubt">{html.escape(warning)}</p>' for warning in graph.warnings)
     rows = "".join(_html_row(region) for region in graph.regions)
-    head = "".join(f"<th>{name}</th>" for name in (
-        "region", "sure", "nodes", "MFLOP", "MB", "modality", "module", "what and why"))
+    head = "<th>region</th>" + "".join(f'<th class="n">{name}</th>' for name in ("sure", "nodes", "MFLOP", "MB"))
+    head += "".join(f"<th>{name}</th>" for name in ("modality", "module", "what and why"))
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f"<style>{_STYLE}</style></head><body><h1>{title}</h1><p class=\"why\">{why}</p>"
             f"{_strip(graph.regions)}{warnings}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
