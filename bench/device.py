@@ -148,8 +148,9 @@ def training(params: Mapping[str, Any]) -> Step:
     device = params["device"]
     remote = _remote(params) if device == DEVICE else None
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=8, n_embd=256, vocab_size=4096, resid_pdrop=0.0, embd_pdrop=0.0,
-                                       attn_pdrop=0.0)).train().to(device)
+    config = GPT2Config(n_layer=2, n_head=8, n_embd=256, vocab_size=4096, resid_pdrop=0.0, embd_pdrop=0.0,
+                        attn_pdrop=0.0)
+    model = GPT2LMHeadModel(config).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(0, 4096, (params["batch"], 64))
 

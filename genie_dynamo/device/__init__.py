@@ -79,7 +79,6 @@ def register() -> None:
         setattr(torch, NAME, Unavailable(unavailable))
         return
     from genie_dynamo.device.module import RemoteAccelerator
-
     from genie_dynamo.device.moving import patch_modules
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=RemoteAccelerator())

@@ -26,7 +26,7 @@ def patch_modules(name: str) -> None:
         finally:
             torch.__future__.set_swap_module_params_on_conversion(False)
 
-    torch.nn.Module._apply = _apply  # type: ignore[method-assign,assignment]
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
 
 
 def _crosses(module: torch.nn.Module, fn: Callable[..., Any], name: str) -> bool:
