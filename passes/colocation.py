@@ -51,7 +51,9 @@ def _sharing_outputs(gm: fx.GraphModule) -> Iterable[list[str]]:
     (raw,) = gm.graph.output_node().args
     shared: dict[int, list[str]] = {}
     for item in raw if isinstance(raw, list | tuple) else (raw,):
-        value = item.meta.get("val") if isinstance(item, fx.Node) else None
+        if not isinstance(item, fx.Node):
+            continue
+        value = item.meta.get("val")
         if isinstance(value, torch.Tensor) and value.layout is torch.strided:
             shared.setdefault(int(value.untyped_storage()._cdata), []).append(item.name)
     return [members for members in shared.values() if len(members) > 1]
@@ -80,6 +82,7 @@ def _readers(nodes: list[fx.Node]) -> set[str]:
         for user in nodes.pop().users:
             if user.name not in found:
                 found.add(user.name)
-                if isinstance(user.target, torch._ops.OpOverload) and (user.target.is_view or user.target in _COPYING_VIEWS):
+                target = user.target
+                if isinstance(target, torch._ops.OpOverload) and (target.is_view or target in _COPYING_VIEWS):
                     nodes.append(user)
     return found

@@ -46,6 +46,7 @@ class WorkerFacts:
     hardware: HardwareFacts
     memory_bytes: int | None = None          # what it may hold; None: not known, no limit
     price_per_hour: float | None = None      # None: not known; min_cost needs it
+    slowness: float = 1.0                    # how many times what is estimated it was seen to take (passes/drift.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +142,11 @@ def price(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts],
     plain = cost_graph(gm, devices, {w.name: w.hardware for w in workers}, symbol_values, fits=fits,
                        static_inputs=[names[i] for i in facts.static_inputs], backward=facts.kind == "backward",
                        activations=False)
+    for worker in workers:
+        if worker.slowness != 1.0:
+            for row in plain["nodes"]:
+                if row["seconds"][worker.name] is not None:
+                    row["seconds"][worker.name] *= worker.slowness
     return CostGraph.from_json(together(gm, plain, marked(gm) if aware else None)), devices
 
 

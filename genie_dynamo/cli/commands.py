@@ -162,6 +162,8 @@ def add_worker(parser: Parser, subparsers: Any) -> None:
                          help="memory of this process (default: the machine's)")
     command.add_argument("--resident-quota-gib", type=positive_float, metavar="GIB",
                          help="what one session may keep here between calls (default: 60 %% of the memory limit)")
+    command.add_argument("--dpdk-port", metavar="PORT",
+                         help="offer the dpdk lane on memif, af_packet:INTERFACE, af_xdp:INTERFACE or pci:ADDRESS")
     command.add_argument("--log-level", default="WARNING", metavar="LEVEL", type=str.upper,
                          choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
                          help="DEBUG, INFO, WARNING, ERROR or CRITICAL (default: WARNING)")
@@ -178,7 +180,8 @@ def run_worker(arguments: argparse.Namespace) -> int:
         op_libraries=tuple(arguments.op_library), keys=arguments.keys,
         allow_unauthenticated=arguments.allow_anyone_on_the_network,
         memory_limit_bytes=None if limit_gib is None else int(limit_gib * 2**30),
-        resident_quota_bytes=None if quota_gib is None else int(quota_gib * 2**30), log_level=arguments.log_level))
+        resident_quota_bytes=None if quota_gib is None else int(quota_gib * 2**30),
+        dpdk_port=arguments.dpdk_port, log_level=arguments.log_level))
     return 0
 
 

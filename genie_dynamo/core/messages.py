@@ -8,8 +8,9 @@ Field types:
              where small and otherwise the index of a payload frame.
     argument an int, float, bool or None; or `(INLINE, tensor)`; or a handle: `(RESIDENT, tensor id, epoch)` of a
              parameter, a buffer or an activation, `(HELD, tensor id, epoch[, (shape, stride, offset)])` of state, or of
-             a view of it (offset in elements from its first), `(STORE, tensor id, epoch, tensor)` of state whose
-             content comes along. Templates remember RESIDENT arguments, never state: it changes with every call.
+             a view of it (offset in elements from its first), `(MOVED, tensor id, epoch)` of state that another worker
+             sends, `(STORE, tensor id, epoch, tensor)` of state whose content comes along. Templates remember RESIDENT
+             arguments, never state: it changes with every call.
     value    an int, float, bool or None; or `(INLINE, tensor)`; or a view of memory that several values share:
              `(SPAN, uint8 tensor, view)` brings the memory, `(ALIAS, index of the value with the SPAN, view)` refers
              to it; `(INPUT_VIEW, view)` is one of the memory of the call's own input, with the offset counted from
@@ -30,6 +31,7 @@ SPAN = 3
 INPUT_VIEW = 4
 HELD = 5
 STORE = 6
+MOVED = 7
 
 
 class Hello(NamedTuple):
@@ -203,6 +205,25 @@ class Probe(NamedTuple):
     size_bytes: int
 
 
+class Move(NamedTuple):
+    """Client -> worker: send a resident tensor to another worker of the session. Answered by Done once it is sent."""
+
+    request: int
+    tensor_id: int
+    epoch: int
+    address: str
+    key: str                                 # the other worker's public key, or ""
+
+
+class Land(NamedTuple):
+    """Worker -> worker: a resident tensor of a session that moves. Not answered; runs that name it wait for it."""
+
+    session: bytes
+    tensor_id: int
+    epoch: int
+    tensor: tuple[Any, ...]
+
+
 class Ping(NamedTuple):
     """Client -> worker: keeps the session's lease. Not answered."""
 
@@ -215,12 +236,12 @@ class Bye(NamedTuple):
 
 Message = (
     Hello | Welcome | Load | Have | Put | Adopt | Run | Partial | Result | Failure | Done | Push | Cancel | Free
-    | Drop | Fetch | Stats | Ping | Bye | Calibrate | Echo | Probe
+    | Drop | Fetch | Stats | Ping | Bye | Calibrate | Echo | Probe | Move | Land
 )
 
 _TYPES: tuple[type[Any], ...] = (
     Hello, Welcome, Load, Have, Put, Adopt, Run, Partial, Result, Failure, Done, Push, Cancel, Free, Drop, Fetch,
-    Stats, Ping, Bye, Calibrate, Echo, Probe,
+    Stats, Ping, Bye, Calibrate, Echo, Probe, Move, Land,
 )
 _TAG_OF: dict[type[Any], int] = {cls: tag for tag, cls in enumerate(_TYPES)}
 _NUMBER = (int, float)

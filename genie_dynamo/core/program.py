@@ -10,7 +10,6 @@ from typing import Any
 from genie_dynamo.core.errors import ProtocolError
 from genie_dynamo.core.plan import RNG_STATE, Fragment, Plan, rng_after
 
-
 Offers = tuple[tuple[str, int, str], ...]
 """Native lanes that a worker offers: (name, version, address), best first."""
 

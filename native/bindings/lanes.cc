@@ -91,6 +91,14 @@ class PyListener {
   std::unique_ptr<Listener> listener_;
 };
 
+template <typename T>
+std::unique_ptr<T> unwrap(const py::capsule& capsule, const char* name) {
+  if (capsule.name() == nullptr || std::string_view(capsule.name()) != name) throw LaneError("not a capsule of ours");
+  auto* made = static_cast<std::unique_ptr<T>*>(capsule.get_pointer());
+  if (*made == nullptr) throw LaneError("what was in this capsule has been taken");
+  return std::move(*made);
+}
+
 ShmOptions shm_options(std::size_t limit_bytes) {
   ShmOptions options;
   if (limit_bytes != 0) options.pool.limit_bytes = limit_bytes;
@@ -221,6 +229,13 @@ void bind_lanes(py::module_& module) {
         throw LaneError("no lane is named " + kind);
       },
       py::arg("kind"), py::arg("address"), py::arg("timeout_s"), py::arg("limit_bytes") = 0);
+  // Lanes of other modules (genie_dynamo._dpdk) come in capsules, which are empty from then on.
+  module.def("adopt_lane", [](const py::capsule& capsule) {
+    return std::make_shared<Channel>(unwrap<Lane>(capsule, "genie.Lane"));
+  }, py::arg("capsule"));
+  module.def("adopt_listener", [](const py::capsule& capsule) {
+    return std::make_unique<PyListener>(unwrap<Listener>(capsule, "genie.Listener"));
+  }, py::arg("capsule"));
   module.def("inproc", [] {
     auto [left, right] = make_inproc();
     return py::make_tuple(std::make_shared<Channel>(std::move(left)), std::make_shared<Channel>(std::move(right)));

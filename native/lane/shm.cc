@@ -227,6 +227,9 @@ class ShmLane final : public Lane {
     }
     if (total > capabilities_.max_transfer_bytes) return Posted::kRefused;
     if (num_queued_ >= kMaxQueued) return Posted::kBusy;
+    // Before the message, so that who gets an answer has his slab back with it, and fills the same warm pages again.
+    if (releases_->any.load(std::memory_order_acquire)) send_releases();
+    if (closed_) return Posted::kClosed;
     last_id_ = transfer.id;
     ++facts_.posted;
     facts_.bytes_open += total;

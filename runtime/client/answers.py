@@ -19,7 +19,7 @@ from genie_dynamo.runtime.client.recipes import Recipe
 from genie_dynamo.runtime.client.residency import Entry, Seen, StaticSet
 from genie_dynamo.runtime.client.saved import SavedHandle, handle_of, placeholder
 from genie_dynamo.runtime.client.session import Session
-from genie_dynamo.runtime.client.state import StateRules, Stored
+from genie_dynamo.runtime.client.state import KeptState, StateRules, Stored
 from genie_dynamo.runtime.client.uploads import Needs, acknowledge, payload_bytes
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
@@ -41,8 +41,6 @@ class Part(NamedTuple):
     stored: list[Stored]                    # contents that went along, to stay
 
 
-KeptState = tuple[WorkerLink, tuple[int, int], Any]
-"""A value of plan.state that stayed: where, under which handle, and its form."""
 Kept = tuple[Part, int, Any]
 """A value that stayed on a worker: whose it is, its index among the kept, and its form."""
 
@@ -53,8 +51,6 @@ class Answers:
     def __init__(self, plan: Plan, rules: StateRules, *, backward: bool, timeout_s: float) -> None:
         self._plan = plan
         self._rules = rules
-        self._pieces = {piece for recipe in plan.rebuilds for piece in recipe.names("piece")}
-        self._pieces -= {output.name for output in plan.outputs if output.kind == "value"}
         self._backward = backward
         self._timeout_s = timeout_s
         self._lane = ZmqFrames()
@@ -137,9 +133,10 @@ class Answers:
         if index >= len(bound.return_names):
             return "state"
         name = bound.return_names[index]
-        if name in self._pieces or name in self._static_mutations or name == self._final_rng:
+        if name in self._static_mutations or name == self._final_rng:
             return "state"
-        return "state" if self._rules.comes_back(name) else self._down_reason
+        reason = self._rules.reason_down(name)
+        return self._down_reason if reason == "outputs" else reason
 
     def finish(self, session: Session, statics: StaticSet | None, binding: Binding, parts: Sequence[Part],
                state: CallState, args: list[Any], seen: Seen | None, keep: bool) -> tuple[Any, ...]:
@@ -159,18 +156,11 @@ class Answers:
                     kept[name] = (p, index, result.kept[index])
                 else:
                     named.setdefault(name, values[len(bound.return_names) + index])
-            for name, handle, form in zip(bound.state_names, p.state, result.state, strict=bool(p.state)):
-                if form is not None:
-                    state_kept[name] = (bound.link, handle, form)
             if p.template.number:
                 p.template.known = True
             if p.needs.incoming and seen is not None:
                 acknowledge(session.residency, bound.link, seen.entries, p.needs.incoming)
-            for entry, _ in p.stored:
-                session.residency.placed(entry, bound.link.key)
-            if result.evicted:
-                session.residency.evicted(bound.link.key, result.evicted)
-                session.telemetry.event("evicted by a worker", len(result.evicted))
+            self._rules.arrived(session, bound.link, bound.state_names, p.state, result, p.stored, state_kept)
         with torch.no_grad():
             writes = self._rules.rebuild(session, args, named, state_kept)
             if self._plan.mutations:

@@ -55,7 +55,7 @@ class BoundProgram:
         self.num_fragments = len(program.fragments)
         self.last_compute_s: float | None = None       # what the worker reported of its last run
         self.outputs = tuple(self._output(output) for output in plan.outputs)
-        """Where each output is, as steady calls want it: a returned value, an argument, or a literal."""
+        """What each output is, as steady calls want it: a value by name, an argument by position, or a literal."""
         self.plain = (len(plan.fragments) == len(program.fragments) and RNG_ARGUMENT not in self.arguments
                       and not (self.keep_names or program.aliases or program.input_views))
         """Nothing but arguments goes up, and nothing but separate tensors and numbers comes down."""
@@ -63,8 +63,8 @@ class BoundProgram:
 
 
     def _output(self, output: Output) -> tuple[str, Any]:
-        if output.kind == "value" and output.name in self.return_names:
-            return "value", self.return_names.index(output.name)
+        if output.kind == "value":
+            return "value", output.name
         return output.kind, output.index if output.kind == "input" else output.literal
 
 

@@ -25,6 +25,7 @@ from genie_dynamo.runtime.client.residency import Residency
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.cluster import WorkerAddress
 from genie_dynamo.runtime.heartbeat import HeartbeatMonitor
+from genie_dynamo.runtime.lanes import dpdk
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.launcher import EmbeddedWorker, start_embedded
 from genie_dynamo.runtime.security import Security
@@ -61,6 +62,7 @@ class Session:
         self.monitor = HeartbeatMonitor(interval_s=config.heartbeat_interval_s, timeout_s=config.heartbeat_timeout_s)
         self.prices = {worker.name: worker.price_per_hour for worker in remote if worker.price_per_hour is not None}
         self.links: list[WorkerLink] = []
+        dpdk.use_port(config.dpdk_port)
         self._retired: list[WorkerLink] = []     # replaced, but activations of open graphs are still there
         try:
             if remote:
@@ -276,6 +278,7 @@ class Session:
         return start_embedded(
             count, num_threads=self.config.num_threads, op_libraries=self.op_libraries,
             connect_timeout_s=self.config.connect_timeout_s, log_level=self.config.log_level,
+            memif=self.config.dpdk_port == "memif",
             resident_quota_bytes=None if self.config.resident_quota_gib is None
             else int(self.config.resident_quota_gib * 2**30))
 

@@ -17,7 +17,6 @@ from genie_dynamo.runtime.client.negotiation import LaneChoice, lane_lost, negot
 from genie_dynamo.runtime.launcher import EmbeddedWorker
 from genie_dynamo.runtime.security import Security, apply_client, harden
 
-
 LANE_COUNTERS = ("bytes_sent", "bytes_arrived", "bytes_shared", "bytes_copied_out", "bytes_copied_in")
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from genie_dynamo.runtime.lanes import native, stream
+from genie_dynamo.runtime.lanes import dpdk, native, stream
 
 Message = tuple[bytes, list[torch.Tensor]]
 
@@ -128,7 +128,8 @@ def is_loopback(address: str) -> bool:
 def connect_native(name: str, address: str, timeout_s: float, poll_s: float, spin_s: float = 0.0,
                    digest: bool | None = None) -> NativeEnd:
     """Open a native lane. `digest` is on by default where the lane may leave the host. Raises: OSError."""
-    channel = native.module().connect(name, address, timeout_s)
+    channel = (dpdk.connect(address, timeout_s) if name == "dpdk"
+               else native.module().connect(name, address, timeout_s))
     if digest is None:
         digest = channel.off_host and not is_loopback(address)
     return NativeEnd(channel, poll_s, spin_s, digest)

@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from genie_dynamo.runtime.lanes import native
+from genie_dynamo.runtime.lanes import dpdk, native
 
 NAMES = ("shm", "tcp", "dpdk", "cuda_staging", "gpudirect")
 SAMPLE_BYTES = 16 << 20
@@ -58,7 +58,8 @@ def _probes() -> dict[str, tuple[bool, str]]:
     module = native.module()
     if module is None:
         return dict.fromkeys(NAMES, (False, native.why_not()))
-    return {"dpdk": (False, "not in this build: no libdpdk was found when the package was built"), **module.probe()}
+    why_not = dpdk.why_not()
+    return {"dpdk": (not why_not, why_not or dpdk.describe()), **module.probe()}
 
 
 def gb_per_s(name: str, size_bytes: int = SAMPLE_BYTES, samples: int = SAMPLES) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from genie_dynamo.core.errors import MessageLimitError
-from genie_dynamo.runtime.lanes import native
+from genie_dynamo.runtime.lanes import dpdk, native
 from genie_dynamo.runtime.lanes.ends import is_loopback
 
 log = logging.getLogger(__name__)
@@ -51,10 +51,12 @@ def offer(bind: str, bound: str, *, keys: bool) -> list[Offer]:
         if not keys:
             host = bound.removeprefix("tcp://").rpartition(":")[0]
             wanted.append(("tcp", f"{host}:0"))
+    if not dpdk.why_not():
+        wanted.insert(1, ("dpdk", ""))
     offers = []
     for name, address in wanted:
         try:
-            listener = module.listen(name, address)
+            listener = dpdk.listen() if name == "dpdk" else module.listen(name, address)
         except OSError as error:
             log.warning("the %s lane is not offered: %s", name, error)
             continue

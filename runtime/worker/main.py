@@ -19,7 +19,7 @@ import zmq
 from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::sdpa
 from genie_dynamo.core.errors import ConfigError
 from genie_dynamo.runtime.heartbeat import HeartbeatEcho
-from genie_dynamo.runtime.lanes import stream
+from genie_dynamo.runtime.lanes import dpdk, stream
 from genie_dynamo.runtime.launcher import lifeline_watch, remove_socket_dir
 from genie_dynamo.runtime.security import Authenticator, Security, apply_client, apply_server, check_bind, harden
 from genie_dynamo.runtime.worker import lanes
@@ -50,6 +50,7 @@ class WorkerOptions:
     allow_unauthenticated: bool = False
     memory_limit_bytes: int | None = None     # default: the machine's physical memory
     resident_quota_bytes: int | None = None   # what one session may keep here; default: QUOTA_SHARE of the limit
+    dpdk_port: str | None = None              # of the dpdk lane (runtime/lanes/dpdk.py); None: no such lane
     embedded: bool = False
     lifeline_fd: int | None = None
     ready_fd: int | None = None
@@ -84,6 +85,7 @@ def run_worker(options: WorkerOptions) -> None:
     wake = _Wake(context)
     engine = Engine(device=device, num_threads=num_threads, namespaces=namespaces, wake=wake)
     listener = _listen(options.bind, address, security)
+    dpdk.use_port(options.dpdk_port)
     offers = lanes.offer(options.bind, address, keys=security.is_server)
     state = WorkerState(incarnation=incarnation, heartbeat_address=heartbeat.address, toolbox=engine,
                         stream_address="" if listener is None else stream.address_of(listener),

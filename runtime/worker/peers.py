@@ -1,8 +1,9 @@
 """A worker's ways to other workers: ZeroMQ at once, and a native lane as soon as one is proven.
 
-A lane is opened and proven (an echo of a nonce, as negotiation.py does for clients) in a thread of its own: two workers
-that open lanes to each other at the same time must both go on answering. Until then, and after a lane has broken, pushes
-take ZeroMQ. Pushes that a broken lane may have lost are sent again: the receiver knows them by call and value.
+A lane is opened and proven (an echo of a nonce, as negotiation.py does for clients) in a thread of its own: two
+workers that open lanes to each other at the same time must both go on answering. Until then, and after a lane has
+broken, pushes take ZeroMQ. Pushes that a broken lane may have lost are sent again: the receiver knows them by call and
+value.
 """
 from __future__ import annotations
 
@@ -46,6 +47,7 @@ class _Way:
     def __init__(self) -> None:
         self.end: NativeEnd | None = None
         self.fd = -1
+        self.tried = False               # whether a lane was looked for; a message that names no offers does not
         self.reason = "not tried yet"
         self.unsure: deque[tuple[int, list[Any]]] = deque()
 
@@ -53,7 +55,7 @@ class _Way:
 class Peers:
     """Sends to other workers. Everything but the opening of lanes happens in the worker's loop.
 
-    Args: connect: opens a ZeroMQ socket to `(address, key)`.  wake: called from the opening thread when a lane is there.
+    Args: connect: opens a ZeroMQ socket to `(address, key)`.  wake: called from other threads when a lane is there.
     """
 
     def __init__(self, connect: Callable[[str, str], zmq.Socket[bytes]], poller: select.epoll,
@@ -72,8 +74,9 @@ class Peers:
         way = self._ways.get(peer.address)
         if way is None:
             way = self._ways[peer.address] = _Way()
-            if peer.offers and native.module() is not None:
-                threading.Thread(target=self._open, args=(peer, session), name="genie-peer-lane", daemon=True).start()
+        if peer.offers and not way.tried and native.module() is not None:
+            way.tried = True
+            threading.Thread(target=self._open, args=(peer, session), name="genie-peer-lane", daemon=True).start()
         if self._proven:
             self._take_proven()
         if way.end is None or not self._over_lane(peer, way, parts):

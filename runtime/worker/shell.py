@@ -29,6 +29,7 @@ from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine
 from genie_dynamo.runtime.worker.events import (
     Abandon,
     Command,
+    Deliver,
     Execute,
     Failed,
     Finished,
@@ -175,6 +176,9 @@ class Shell:
                     self._ready.append(run)
             elif type(command) is Abandon:
                 self._drop(command.run)
+            elif type(command) is Deliver:
+                self._peers.send(Peer(command.address, command.key, ()), command.message.session,
+                                 [pack(m.to_wire(command.message)), *command.frames])
             elif type(command) is Measure:
                 self._background.add(command)
 

@@ -56,6 +56,7 @@ class WorkerState:
         self._handlers: dict[type[Any], Callable[..., list[Command]]] = {
             m.Load: self._load, m.Have: residents.have, m.Put: residents.put, m.Adopt: residents.adopt,
             m.Cancel: self._runs.cancel, m.Free: residents.free, m.Drop: self._drop, m.Fetch: residents.fetch,
+            m.Move: residents.move,
             m.Stats: self._stats, m.Ping: self._ping, m.Bye: self._bye, m.Calibrate: self._measure,
             m.Probe: self._measure,
         }
@@ -82,6 +83,8 @@ class WorkerState:
                 return self._hello(event.connection, message, event.now_s)
             if type(message) is m.Push:
                 return self._runs.push(self.sessions.get(message.session), message, event.frames)
+            if type(message) is m.Land:
+                return self._runs.residents.land(self.sessions.get(message.session), message, event.frames)
             if type(message) is m.Echo:
                 return self._echo(event.connection, message, event.frames)
             session = self._by_connection.get(event.connection)
@@ -183,7 +186,8 @@ class WorkerState:
     def _tick(self, now_s: float) -> list[Command]:
         late = [s for s in self.sessions.values()
                 if s.lease_s > 0 and now_s - s.last_heard_s > s.lease_s and not s.runs]
-        return [command for session in late for command in self._end(session)]
+        ended = [command for session in late for command in self._end(session)]
+        return ended + [command for session in self.sessions.values() for command in self._runs.tick(session, now_s)]
 
     def _end(self, session: SessionRecord) -> list[Command]:
         self.sessions.pop(session.token, None)

@@ -52,7 +52,8 @@ class Cached(nn.Module):
 def test_a_cache_stays_with_its_attention_where_both_are_trusted(fresh_dynamo: None) -> None:
     gm, facts = capture(Cached().eval(), torch.randn(2, 1, 64), torch.randn(2, 7, 64))
     names = [n.name for n in gm.graph.nodes if n.op == "call_function"]
-    cache, attention = [n for n in names if n.startswith("cat")], [n for n in names if n.startswith(("bmm", "_softmax"))]
+    cache = [n for n in names if n.startswith("cat")]
+    attention = [n for n in names if n.startswith(("bmm", "_softmax"))]
     regions = [Region(region_id="kv_cache.0", kind="kv_cache", nodes=tuple(cache), confidence=0.95, reason=""),
                Region(region_id="attention.0", kind="attention", nodes=tuple(attention), confidence=0.9, reason="")]
     graph, _ = price(gm, facts, WORKERS, [lane()])

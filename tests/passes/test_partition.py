@@ -161,5 +161,5 @@ def test_min_cost_takes_the_cheapest_worker_that_is_fast_enough() -> None:
 
 def test_min_cost_without_a_price_names_the_worker() -> None:
     graph = capture(nn.Linear(8, 8).eval(), torch.randn(4, 8))
-    with pytest.raises(ConfigError, match="w1 has none; say price_per_hour in cluster.yaml"):
+    with pytest.raises(ConfigError, match=r"w1 has none; say price_per_hour in cluster\.yaml"):
         place(graph, priced(1.0, None), policy="min_cost")

@@ -56,7 +56,7 @@ def open_files() -> list[str]:
     found = []
     for entry in Path("/proc/self/fd").iterdir():
         try:
-            target = os.readlink(entry)
+            target = str(entry.readlink())
         except OSError:
             continue
         if "genie-lane" in target or target.startswith(("socket:", "anon_inode:[event")):

@@ -1,4 +1,4 @@
-"""Peers that lie: over a raw socket, with everything that a lane must refuse. Its own end lives on, and so do others."""
+"""Peers that lie, over a raw socket: what a lane must refuse. Its process lives on, and so do other lanes."""
 from __future__ import annotations
 
 import array

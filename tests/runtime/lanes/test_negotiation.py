@@ -93,7 +93,7 @@ def test_a_required_lane_is_the_one_that_is_taken(name: str) -> None:
 
 
 def test_a_required_lane_that_is_not_offered_is_an_error_and_starts_nothing() -> None:
-    with pytest.raises(LaneUnavailableError, match="tcp.*does not offer it"):
+    with pytest.raises(LaneUnavailableError, match=r"tcp.*does not offer it"):
         genie.init(workers=1, num_threads=1, require_lane="tcp")
 
 
