@@ -16,7 +16,8 @@ from bench import report
 from bench.harness import Case, Settings
 
 BENCHES = ("tiny_call", "resident_mlp", "gpt2_forward", "training_step", "parameter_check", "inductor_forward",
-           "worker_memory", "control_cpu", "waiting_client_cpu", "semantics", "costs", "placement", "decode")
+           "worker_memory", "control_cpu", "waiting_client_cpu", "semantics", "costs", "placement", "pipeline",
+           "decode", "lanes")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -16,7 +16,7 @@ from genie_dynamo.passes.semantics.annotate import Annotator
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode
 
 # Ops that place, mask or convert: they lie between regions, and say nothing about them.
-_PLUMBING = frozenset({
+PLUMBING = frozenset({
     "arange", "zeros", "ones", "tensor", "new_ones", "le", "ge", "gt", "lt", "eq", "and", "or", "not", "cat", "copy",
     "_assert_scalar", "scalar_tensor", "full", "_log_api_usage_once", "_local_scalar_dense", "all", "index",
     "ones_like", "zeros_like", "empty", "cumsum", "sum", "where", "view", "transpose", "expand", "unsqueeze",
@@ -119,7 +119,7 @@ def _counts(layer: str, node: ViewNode, truth: Truth) -> bool:
         return node.op == "conv" and node.name in truth
     if layer == "fusion":
         return True
-    return node.op not in _PLUMBING or node.op in _BUT_OF.get(truth.get(node.name, ("",))[0], ())
+    return node.op not in PLUMBING or node.op in _BUT_OF.get(truth.get(node.name, ("",))[0], ())
 
 
 def score(regions: Iterable[tuple[str, tuple[str, ...]]], truth: Truth, counted: frozenset[str],

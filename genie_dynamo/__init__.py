@@ -1,11 +1,14 @@
 """Run PyTorch graphs on remote workers: `torch.compile(model, backend="genie")`.
 
 Everything is imported on first use, so that a worker can start without the face and `import genie_dynamo` is quick.
+The device `remote_accelerator` is made known to torch when torch is there (genie_dynamo/device/__init__.py).
 """
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from genie_dynamo.device import arrange
 
 __version__ = "0.1.0"
 
@@ -20,6 +23,14 @@ _WHERE = {
     "synchronize": "genie_dynamo.sessions",
     "set_log_level": "genie_dynamo.sessions",
     "analyze": "genie_dynamo.analysis",
+    "capture": "genie_dynamo.capturing",
+    "get_graph": "genie_dynamo.capturing",
+    "annotate": "genie_dynamo.capturing",
+    "execute": "genie_dynamo.capturing",
+    "execute_local": "genie_dynamo.capturing",
+    "run": "genie_dynamo.capturing",
+    "RecordedGraph": "genie_dynamo.capturing",
+    "RecordedPlan": "genie_dynamo.capturing",
     "SemanticGraph": "genie_dynamo.core.semantics",
     "Region": "genie_dynamo.core.semantics",
     "PhaseRule": "genie_dynamo.core.semantics",
@@ -53,6 +64,14 @@ __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
     from genie_dynamo.analysis import analyze as analyze
+    from genie_dynamo.capturing import RecordedGraph as RecordedGraph
+    from genie_dynamo.capturing import RecordedPlan as RecordedPlan
+    from genie_dynamo.capturing import annotate as annotate
+    from genie_dynamo.capturing import capture as capture
+    from genie_dynamo.capturing import execute as execute
+    from genie_dynamo.capturing import execute_local as execute_local
+    from genie_dynamo.capturing import get_graph as get_graph
+    from genie_dynamo.capturing import run as run
     from genie_dynamo.compiling import compile as compile
     from genie_dynamo.core.config import Config as Config
     from genie_dynamo.core.cost_graph import CostEdge as CostEdge
@@ -96,3 +115,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+arrange()

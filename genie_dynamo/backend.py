@@ -29,6 +29,7 @@ from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import ConfigError, UnsupportedGraphError
 from genie_dynamo.core.fragment import encode
 from genie_dynamo.core.plan import GuardFacts
+from genie_dynamo.device.compiled import is_on_device, recorded
 from genie_dynamo.parts import Parts
 from genie_dynamo.passes.facts import read_facts, read_guards
 from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
@@ -91,6 +92,8 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
             homes: what a forward graph tells its backward graph.
     Raises: UnsupportedGraphError in strict mode.
     """
+    if is_on_device(gm):
+        return recorded(gm)
     label = f"{kind} graph {next(_numbers)}"
     local = _boxed(gm, kind)
     facts = read_facts(gm, kind)

@@ -166,10 +166,15 @@ def _compiler() -> Check:
 
 
 def _native() -> Check:
-    if importlib.util.find_spec("genie_dynamo._native") is None:
-        return Check(name="native lanes", status="off", value="not in this release",
-                     detail="payload rides in ZeroMQ frames")
-    return Check(name="native lanes", status="ok", value="genie_dynamo._native")
+    from genie_dynamo.runtime.lanes import native
+    from genie_dynamo.runtime.lanes.survey import survey
+
+    if native.module() is None:
+        return Check(name="native lanes", status="off", value="not built",
+                     detail=f"{native.why_not()}; until then payload takes plain sockets and ZeroMQ")
+    rows = survey(measure=False)
+    off = "; ".join(f"no {row.name}: {row.reason}" for row in rows if not row.usable)
+    return Check(name="native lanes", status="ok", value=", ".join(row.name for row in rows if row.usable), detail=off)
 
 
 # ---------------------------------------------------------------- the machine
@@ -195,21 +200,21 @@ def _hugepages() -> Check:
     facts = _meminfo()
     count, free = facts.get("HugePages_Total", 0), facts.get("HugePages_Free", 0)
     if not count:
-        return Check(name="hugepages", status="off", value="none reserved", detail="nothing in this release uses them")
+        return Check(name="hugepages", status="off", value="none reserved", detail="lanes and pools take normal pages")
     return Check(name="hugepages", status="ok", value=f"{count} of {facts.get('Hugepagesize', 0)} kB, {free} free",
-                 detail="nothing in this release uses them")
+                 detail="pools of the shm lane take them")
 
 
 def _shared_memory() -> Check:
     folder = Path("/dev/shm")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return Check(name="shared memory", status="off", value="/dev/shm is not writable",
-                     detail="nothing in this release uses it")
+                     detail="the shm lane uses memfds, which need no /dev/shm")
     usage = shutil.disk_usage(folder)
     small = usage.total < MIN_SHARED_MEMORY_BYTES
     return Check(name="shared memory", status="off" if small else "ok",
                  value=f"/dev/shm, {usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free",
-                 detail="nothing in this release uses it")
+                 detail="the shm lane uses memfds, which are not bound by it")
 
 
 def _gpu() -> Check:

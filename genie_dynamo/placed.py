@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from genie_dynamo.core.errors import (
 )
 from genie_dynamo.parts import Parts, rows_for_backward
 from genie_dynamo.passes.costs.symbols import SymbolBinding
+from genie_dynamo.passes.drift import Drift
 from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.partition import Partition, partition
 from genie_dynamo.passes.pipelining import pipeline_partition
@@ -76,6 +77,8 @@ class PlacedGraph:
         self._anywhere = self._current = anywhere
         self._key: Any = None
         self._symbols = SymbolBinding(gm)
+        self._drift = Drift(time.monotonic)
+        self._found: Partition | None = None
 
     @property
     def current(self) -> RemoteGraph:
@@ -93,20 +96,27 @@ class PlacedGraph:
                 self._lock.release()
         if self.observed:
             self.symbol_values = self._symbols(args)
-        if self._current is self._anywhere or self.facts.kind == "backward":
+        if self.facts.kind == "backward":
             return self._current(args)
-        values = list(args)
+        if self._found is None or self.symbol_values:
+            # What a call of other sizes takes says nothing of the estimate.
+            return self._current(args)
+        current = self._current
+        values = list(args) if current is not self._anywhere else []
         try:
-            return self._current(args)
+            outputs = current(args)
+            self._drift.observe(current.measured_s(session))
+            return outputs
         except WorkerLostError as error:
             # One worker of the cut is gone and was not replaced: the others can run the graph whole.
-            if self._config.on_worker_loss == "error":
+            if self._config.on_worker_loss == "error" or current is self._anywhere:
                 raise
             log.warning("%s was cut over %s and runs whole now: %s", self.label, ", ".join(self._workers), error)
             self._make_whole()
             return self._current(values)
 
     def _make_whole(self) -> None:
+        self._found = None
         self._current, self._workers = self._anywhere, ()
         self._homes.workers, self._homes.of_value, self._homes.rows = (), {}, {}
 
@@ -115,13 +125,16 @@ class PlacedGraph:
 
         Raises: PlacementError, CostError.
         """
+        limits = Limits(time_limit_s=TIME_LIMIT_S, latency_bound_s=self._config.latency_bound_s)
+        slowness = self._drift.slowness
+        workers = [replace(w, slowness=slowness.get(w.name, 1.0)) for w in facts.workers]
         with no_long_pauses(TIME_LIMIT_S):
             if self.parts.split is not None:
-                return pipeline_partition(self.gm, self.facts, self.parts.split, facts.workers, facts.lanes,
-                                          self._config.policy, Planner(time.monotonic), Limits(
-                                              time_limit_s=TIME_LIMIT_S))
-            return partition(self.gm, self.facts, facts.workers, facts.lanes, self._config.policy,
-                             Planner(time.monotonic), Limits(time_limit_s=TIME_LIMIT_S),
+                return pipeline_partition(self.gm, self.facts, self.parts.split, workers, facts.lanes,
+                                          self._config.policy, Planner(time.monotonic), limits,
+                                          aware=self._config.awareness == "full")
+            return partition(self.gm, self.facts, workers, facts.lanes, self._config.policy,
+                             Planner(time.monotonic), limits, aware=self._config.awareness == "full",
                              symbol_values=self.symbol_values)
 
     def _place(self, session: Session, args: Sequence[Any]) -> None:
@@ -131,7 +144,8 @@ class PlacedGraph:
                 self._follow()
             return
         key = worker_facts.incarnations(session)
-        if key == self._key:
+        again = key == self._key
+        if again and not (self._found is not None and self._drift.due()):
             return
         if not set(self._workers) <= {link.name for link in session.links if not link.lost}:
             self._make_whole()
@@ -142,13 +156,46 @@ class PlacedGraph:
         self.symbol_values = self._symbols(args)
         try:
             found = self.price(facts)
-            self._settle(found)
+            if again:
+                self._plan_again(session, found)
+            else:
+                self._settle(found)
+                self._note(found, changed=True)
         except (CostError, PlanError, UnsupportedGraphError) as error:
             log.info("%s cannot be priced or cut, and stays on one worker: %s", self.label, error)
             self._make_whole()
         except PlacementError as error:
-            log.warning("%s does not fit the workers by estimate, and runs whole on one: %s", self.label, error)
+            log.warning("%s has no placement under %s by estimate, and runs whole on one worker: %s", self.label,
+                        self._config.policy, error)
             self._make_whole()
+
+    def _plan_again(self, session: Session, found: Partition) -> None:
+        """The same workers, and measured times that say otherwise than the estimates did."""
+        before = self._found
+        assert before is not None
+        same = found.workers == before.workers and found.assign == before.assign and found.pinned == before.pinned
+        changed = not same and self._drift.better(found.est_s, self._drift.present_s(before.est_s))
+        if changed:
+            log.info("%s is placed anew: estimated were %s, measured %s times that; now %.3g ms on %s", self.label,
+                     f"{before.est_s * 1e3:.3g} ms", max(self._drift.ratios().values(), default=1.0),
+                     found.est_s * 1e3, ", ".join(found.workers))
+            session.telemetry.event("plan made anew: measured costs differ from estimates")
+            self._settle(found)
+        self._note(found if changed or same else replace(before, est_s=self._drift.present_s(before.est_s)),
+                   changed=changed)
+
+    def _note(self, found: Partition, *, changed: bool) -> None:
+        """Remember what the plan is estimated to take on each worker."""
+        self._found = found
+        seconds: dict[str, float] = {}
+        if len(found.workers) > 1:
+            inside = self._current.plan
+            for fragment in inside.fragments:
+                worker = found.workers[fragment.worker]
+                seconds[worker] = seconds.get(worker, 0.0) + sum(found.seconds.get(n, 0.0) for n in fragment.node_names)
+        else:
+            seconds = {a.name: a.est_s for a in found.alternatives if a.est_s is not None}
+        self._drift.planned(seconds, changed=changed)
 
     def _settle(self, found: Partition) -> None:
         """Go by a partition from now on."""

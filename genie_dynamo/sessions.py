@@ -105,7 +105,7 @@ def get_stats() -> dict[str, Any]:
 def reset_stats() -> None:
     """Set all counters to zero."""
     if _default is not None:
-        _default.telemetry.reset()
+        _default.reset_stats()
 
 
 def invalidate(target: Any) -> None:

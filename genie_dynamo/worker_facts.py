@@ -81,6 +81,7 @@ def _measure(session_ref: weakref.ref[Session], measurement: _Measurement, key: 
     measurement.facts = Facts(
         key=key, lanes=lanes,
         workers=tuple(WorkerFacts(name=link.name, hardware=hardware[link.name],
+                                  price_per_hour=session.prices.get(link.name),
                                   memory_bytes=_memory_of(hardware[link.name], embedded if link.embedded else 1))
                       for link in live))
 

@@ -15,15 +15,17 @@ import torch
 from torch import fx
 
 from genie_dynamo.core.cost_graph import CostGraph, Device
-from genie_dynamo.core.errors import PlacementError
+from genie_dynamo.core.errors import ConfigError, PlacementError
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
 from genie_dynamo.core.placement import Placement, Policy
+from genie_dynamo.passes.colocation import together
 from genie_dynamo.passes.costs.analysis import analyze_costs
 from genie_dynamo.passes.costs.cost_graph import cost_graph
 from genie_dynamo.passes.costs.shipped import shipped_fit
 from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.placement.interfaces import Limits, PlacementStrategy
 from genie_dynamo.passes.rows.split import SplitGraph
+from genie_dynamo.passes.semantics.carry import marked
 
 MARGIN = 0.85
 """A cut must be estimated to take at most this share of the time that the best single worker takes."""
@@ -43,6 +45,8 @@ class WorkerFacts:
     name: str
     hardware: HardwareFacts
     memory_bytes: int | None = None          # what it may hold; None: not known, no limit
+    price_per_hour: float | None = None      # None: not known; min_cost needs it
+    slowness: float = 1.0                    # how many times what is estimated it was seen to take (passes/drift.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +76,17 @@ class Partition:
 
 def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
               policy: Policy, strategy: PlacementStrategy, limits: Limits, *,
-              symbol_values: Mapping[str, int] | None = None) -> Partition:
+              symbol_values: Mapping[str, int] | None = None, aware: bool = True) -> Partition:
     """Place the graph.
 
     Under max_throughput a cut competes with whole calls on whichever worker is free, since that moves nothing.
 
     Args:    workers: in the order in which the plan numbers them.  lanes: those between workers count.
-             symbol_values: sizes of this call, for dynamic graphs.
-    Raises:  PlacementError where it fits on no worker and in no cut; the message has the numbers.
+             symbol_values: sizes of this call, for dynamic graphs.  aware: whether placement sees regions.
+    Raises:  PlacementError where it fits on no worker and in no cut, or (min_cost) nothing is fast enough; the message
+             has the numbers. ConfigError where min_cost lacks a price.
     """
-    graph, devices = price(gm, facts, workers, lanes, symbol_values)
+    graph, devices = price(gm, facts, workers, lanes, symbol_values, aware=aware)
     alternatives = [_single(graph, device) for device in devices]
     possible = [a for a in alternatives if a.est_s is not None]
     best = min(possible, key=lambda a: a.est_s or 0.0) if possible else None
@@ -90,15 +95,20 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
         rival = _spread(possible)
         alternatives.append(rival)
     placed: Placement | None = None
+    if policy == "min_cost":
+        _check_prices(devices)
     try:
         placed = strategy.place(graph, devices, policy, limits)
         cut = _cut(graph, placed)
+        if policy == "min_cost" and len(set(placed.device.values())) == 1:
+            # The cheapest that is fast enough, which need not be the fastest.
+            rival = best = next(a for a in possible if a.name == next(iter(placed.device.values())))
     except PlacementError as error:
-        if best is None:
+        if best is None or policy == "min_cost":
             raise
         cut = Alternative(name="cut", est_s=None, chosen=False, reason=str(error))
     use_cut = placed is not None and _worth(placed, rival)
-    pinned = not use_cut and (len(possible) < len(devices) or (
+    pinned = not use_cut and (policy == "min_cost" or len(possible) < len(devices) or (
         policy == "min_latency" and best is not None and _slowest(possible) > UNEQUAL * (best.est_s or 0.0)))
     alternatives = _judged(alternatives, cut, rival, use_cut)
     if use_cut:
@@ -118,8 +128,13 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
 
 
 def price(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
-          symbol_values: Mapping[str, int] | None = None) -> tuple[CostGraph, list[Device]]:
-    """The graph's costs on each worker, and the workers as devices whose kinds are their names. Raises: CostError."""
+          symbol_values: Mapping[str, int] | None = None, *,
+          aware: bool = True) -> tuple[CostGraph, list[Device]]:
+    """The graph's costs on each worker, and the workers as devices whose kinds are their names.
+
+    Args:    aware: whether regions bind nodes to each other.
+    Raises:  CostError.
+    """
     peak_bytes = int(analyze_costs(gm).totals(symbol_values).peak_bytes)
     devices = [_device(worker, lanes, peak_bytes) for worker in workers]
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
@@ -127,7 +142,12 @@ def price(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts],
     plain = cost_graph(gm, devices, {w.name: w.hardware for w in workers}, symbol_values, fits=fits,
                        static_inputs=[names[i] for i in facts.static_inputs], backward=facts.kind == "backward",
                        activations=False)
-    return CostGraph.from_json(plain), devices
+    for worker in workers:
+        if worker.slowness != 1.0:
+            for row in plain["nodes"]:
+                if row["seconds"][worker.name] is not None:
+                    row["seconds"][worker.name] *= worker.slowness
+    return CostGraph.from_json(together(gm, plain, marked(gm) if aware else None)), devices
 
 
 def _device(worker: WorkerFacts, lanes: Sequence[LinkFacts], peak_bytes: int) -> Device:
@@ -137,7 +157,15 @@ def _device(worker: WorkerFacts, lanes: Sequence[LinkFacts], peak_bytes: int) ->
         id=worker.name, kind=worker.name,
         memory_bytes=None if worker.memory_bytes is None else max(0, worker.memory_bytes - peak_bytes),
         network_gbps=min((lane.bytes_per_s for lane in own), default=1e9) * 8 / 1e9,
+        price_per_hour=worker.price_per_hour,
         network_latency_s=max((lane.latency_s for lane in own), default=1e-4))
+
+
+def _check_prices(devices: Sequence[Device]) -> None:
+    unknown = [d.id for d in devices if d.price_per_hour is None]
+    if unknown:
+        raise ConfigError(f"policy min_cost needs the price of every worker, and {', '.join(unknown)} "
+                          f"{'has' if len(unknown) == 1 else 'have'} none; say price_per_hour in cluster.yaml")
 
 
 def _single(graph: CostGraph, device: Device) -> Alternative:

@@ -1,4 +1,4 @@
-"""A graph over parts of its batch -> which worker runs which stage, so that parts follow each other through the workers.
+"""A graph over parts of its batch -> which worker runs which stage, so that parts follow each other.
 
     cuts that balance the workers' loads -> each timed on a clock, part by part -> the best, where it beats the others
 
@@ -49,7 +49,7 @@ class _Pipeline:
 
 def pipeline_partition(gm: fx.GraphModule, facts: GraphFacts, split: SplitGraph, workers: Sequence[WorkerFacts],
                        lanes: Sequence[LinkFacts], policy: Policy, strategy: PlacementStrategy,
-                       limits: Limits) -> Partition:
+                       limits: Limits, *, aware: bool = True) -> Partition:
     """Place the graph, as a pipeline where that is estimated to be the best.
 
     Under max_throughput the time that counts is that of the busiest worker: calls follow each other without a gap.
@@ -58,12 +58,19 @@ def pipeline_partition(gm: fx.GraphModule, facts: GraphFacts, split: SplitGraph,
     """
     part_limits = dataclasses.replace(limits, time_limit_s=limits.time_limit_s / 3 if limits.time_limit_s else None)
     unsplit: Partition | None = None
+    bound_s = limits.latency_bound_s
     refusal: PlacementError | None = None
     try:
-        unsplit = partition(gm, facts, workers, lanes, "min_latency", strategy, part_limits)
+        unsplit = partition(gm, facts, workers, lanes, "min_cost" if policy == "min_cost" else "min_latency", strategy,
+                            part_limits, aware=aware)
     except PlacementError as error:
         refusal = error
-    whole, devices = price(gm, facts, workers, lanes)
+    if policy == "min_cost":
+        # Several workers for one call cost more than one of them: a pipeline is for calls that one cannot do in time.
+        if unsplit is not None:
+            return unsplit
+        limits = part_limits = dataclasses.replace(part_limits, latency_bound_s=None)
+    whole, devices = price(gm, facts, workers, lanes, aware=aware)
     timeline = Timeline(build_problem(_priced_parts(split, facts, workers, lanes), devices))
     best: _Pipeline | None = None
     for found in _candidates(whole, devices, strategy, part_limits):
@@ -76,6 +83,9 @@ def pipeline_partition(gm: fx.GraphModule, facts: GraphFacts, split: SplitGraph,
             none = Alternative(name=f"{split.num_parts} parts of the batch", est_s=None, chosen=False,
                                reason="no cut leaves the busiest worker with less than the whole graph")
             return dataclasses.replace(unsplit, alternatives=(*unsplit.alternatives, none))
+        assert refusal is not None
+        raise refusal
+    if bound_s is not None and best.schedule.makespan_s > bound_s:
         assert refusal is not None
         raise refusal
     return _chosen(best, unsplit, split, timeline, policy)
@@ -128,8 +138,8 @@ def _chosen(best: _Pipeline, unsplit: Partition | None, split: SplitGraph, timel
     row = Alternative(name=f"{split.num_parts} parts of the batch through {len(used)} workers ({best.method})",
                       est_s=est_s, chosen=True, reason=f"transfers take {moved_s * 1e3:.3g} ms, beside the computing")
     if unsplit is not None and not (est_s <= MARGIN * unsplit.est_s and unsplit.est_s - est_s >= MIN_GAIN_S):
-        reason = (f"{est_s * 1e3:.3g} ms against {unsplit.est_s * 1e3:.3g} ms, and a pipeline must win {1 - MARGIN:.0%} "
-                  f"and {MIN_GAIN_S * 1e3:g} ms; {row.reason}")
+        reason = (f"{est_s * 1e3:.3g} ms against {unsplit.est_s * 1e3:.3g} ms, and a pipeline must win "
+                  f"{1 - MARGIN:.0%} and {MIN_GAIN_S * 1e3:g} ms; {row.reason}")
         rejected = dataclasses.replace(row, chosen=False, reason=reason)
         return dataclasses.replace(unsplit, alternatives=(*unsplit.alternatives, rejected))
     others = tuple(dataclasses.replace(

@@ -4,6 +4,7 @@
       - address: tcp://10.0.0.1:5555
         server_key: keys/server.key        # a public key file (relative to this file), or the 40 characters
         name: left                         # optional; w0, w1, ... otherwise
+        price_per_hour: 2.5                # optional, in any currency; policy min_cost needs it
       - tcp://127.0.0.1:5556               # short for {address: ...}
     client_key: keys/client.key_secret     # needed where a worker has a server_key
     options:                               # optional: what genie.init(...) takes, below its arguments
@@ -31,7 +32,7 @@ from genie_dynamo.runtime.security import Security, is_curve_key, load_public_ke
 MAX_FILE_BYTES = 1 << 20
 MAX_WORKERS = 4096
 _TOP_FIELDS = ("workers", "client_key", "options")
-_WORKER_FIELDS = ("address", "server_key", "name")
+_WORKER_FIELDS = ("address", "server_key", "name", "price_per_hour")
 _OPTION_FIELDS = tuple(name for name in OPTIONS if name not in ("workers", "cluster"))
 
 
@@ -42,6 +43,7 @@ class WorkerAddress:
     address: str                        # tcp://HOST:PORT or ipc://PATH
     name: str
     server_key: bytes | None = None     # its public CURVE key; None: a worker without keys
+    price_per_hour: float | None = None # None: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +171,12 @@ def _worker(entry: Any, index: int, place: _Place) -> WorkerAddress:
     name = _text(fields["name"], place.into("name")) if "name" in fields else f"w{index}"
     key = fields.get("server_key")
     server_key = None if key is None else _public_key(_text(key, place.into("server_key")), place.into("server_key"))
-    return WorkerAddress(address=address, name=name, server_key=server_key)
+    price = fields.get("price_per_hour")
+    if price is not None and (isinstance(price, bool) or not isinstance(price, int | float)
+                              or not 0 <= price < float("inf")):
+        raise place.into("price_per_hour").error(f"must be a number of at least 0, not {reprlib.repr(price)}")
+    return WorkerAddress(address=address, name=name, server_key=server_key,
+                         price_per_hour=None if price is None else float(price))
 
 
 def _public_key(text: str, place: _Place) -> bytes:

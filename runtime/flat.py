@@ -64,6 +64,7 @@ class FlatPlan:
         self._first_use = [_NEVER] * spec.num_inputs
         ends: list[int] = []
         last_write = -1
+        self.may_write = False            # to memory that an input lies in
         for j, node in enumerate(spec.nodes):
             for used in references((node.args, node.kwargs)):
                 if used < spec.num_inputs:
@@ -75,6 +76,7 @@ class FlatPlan:
             ends.append(len(self._steps))
             if literals.writes(node):
                 last_write = j
+            self.may_write |= literals.may_write(node)
         self._output_builders = [literals.output_builder(output, registers) for output in spec.outputs]
         self._template = [None] * (num_registers - spec.num_inputs) + literals.values
         self._literals = literals

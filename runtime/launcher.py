@@ -241,6 +241,7 @@ def start_embedded(
     connect_timeout_s: float = 20.0,
     log_level: str = "WARNING",
     resident_quota_bytes: int | None = None,
+    memif: bool = False,
     module: str = WORKER_MODULE,
 ) -> list[EmbeddedWorker]:
     """Start `count` workers at once and wait until each is ready.
@@ -248,6 +249,7 @@ def start_embedded(
     Args:    num_threads: compute threads of each; None shares this process's cores out.
              op_libraries: modules each imports at start.  module: what to run instead, in tests.
              resident_quota_bytes: what the session may keep on each; None leaves it to the worker.
+             memif: each offers the dpdk lane.
     Returns: the workers, in order; all ready.
     Raises:  WorkerUnreachableError if one is not ready within `connect_timeout_s`; none is left running then.
     """
@@ -258,6 +260,8 @@ def start_embedded(
     arguments = ["--device", device, "--threads", str(threads), "--log-level", log_level]
     for library in op_libraries:
         arguments += ["--op-library", library]
+    if memif:
+        arguments += ["--dpdk-port", "memif"]
     if resident_quota_bytes is not None:
         arguments += ["--resident-quota-bytes", str(resident_quota_bytes)]
     environment = _environment(threads, op_libraries)

@@ -6,7 +6,7 @@ from operator import getitem, itemgetter
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 
 from genie_dynamo.core.allowlist import resolve
 from genie_dynamo.core.errors import UnsupportedGraphError
@@ -34,6 +34,10 @@ def _references(arg: Arg) -> Iterator[int]:
     elif isinstance(arg, slice):
         for item in (arg.start, arg.stop, arg.step):
             yield from _references(item)
+
+
+_WORD_IS_GOOD = frozenset({"aten", "prims", "genie"})
+"""Op libraries whose schemas are taken at their word where memory of another process is at stake."""
 
 
 class Literals:
@@ -67,6 +71,13 @@ class Literals:
         """Whether the node may write into one of its arguments."""
         function = self._functions[node.target]
         return isinstance(function, OpOverload) and function._schema.is_mutable
+
+    def may_write(self, node: NodeSpec) -> bool:
+        """The same where nobody's word is taken: ops of other libraries and higher-order ops may."""
+        function = self._functions[node.target]
+        if isinstance(function, OpOverload):
+            return function._schema.is_mutable or function.namespace not in _WORD_IS_GOOD
+        return isinstance(function, HigherOrderOperator)
 
     def literal(self, arg: Arg) -> Any:
         """An argument without values, as the op takes it."""

@@ -12,7 +12,8 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-REASONS = ("weights", "inputs", "outputs", "state", "gradients", "control")
+REASONS = ("weights", "inputs", "outputs", "state", "gradients", "activations", "control")
+"""Activations move between workers only; what a client sends or receives of them counts as inputs or outputs."""
 
 
 class _Counters:
@@ -21,6 +22,7 @@ class _Counters:
     def __init__(self) -> None:
         self.calls = 0
         self.fragment_runs = 0
+        self.pushed_bytes = 0              # activations, from workers to workers
         self.sent = dict.fromkeys(REASONS, 0)
         self.received = dict.fromkeys(REASONS, 0)
         self.seconds = dict.fromkeys(("dispatch", "wait", "transfer", "compute"), 0.0)
@@ -33,7 +35,9 @@ class _Counters:
             "bytes_received": sum(self.received.values()),
             "by_reason": {
                 reason: {"sent": self.sent[reason], "received": self.received[reason],
-                         "total": self.sent[reason] + self.received[reason]}
+                         "worker_to_worker": self.pushed_bytes if reason == "activations" else 0,
+                         "total": self.sent[reason] + self.received[reason]
+                         + (self.pushed_bytes if reason == "activations" else 0)}
                 for reason in REASONS
             },
             "seconds": dict(self.seconds),
@@ -64,6 +68,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._pushed: dict[str, int] = {}           # by incarnation of a worker: bytes it has pushed, ever
         self.reset()
 
     def reset(self) -> None:
@@ -83,6 +88,14 @@ class Telemetry:
                     counters.sent[reason] += size
                 for reason, size in (received or {}).items():
                     counters.received[reason] += size
+
+    def pushed(self, worker: str, key: str, size_bytes: int) -> None:
+        """What a worker (its incarnation is `key`) says that it has pushed to others in this session, ever."""
+        with self._lock:
+            since = size_bytes - self._pushed.get(key, 0)
+            self._pushed[key] = size_bytes
+            for counters in (self._total, self._of(worker)):
+                counters.pushed_bytes += since
 
     def call(self, shares: Sequence[Share], *, dispatch_s: float, wait_s: float, queue_s: float) -> None:
         """Count a finished call. It is only noted here: adding up can wait until somebody asks."""

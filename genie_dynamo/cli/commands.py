@@ -60,6 +60,29 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+# ---------------------------------------------------------------- lanes
+def add_lanes(parser: Parser, subparsers: Any) -> None:
+    command = parser.add_command(
+        subparsers, "lanes", example="genie lanes\ngenie lanes --json",
+        help="the ways that payload can take on this machine: which work, how fast they are, and why not the rest")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=run_lanes)
+
+
+def run_lanes(arguments: argparse.Namespace) -> int:
+    from genie_dynamo.runtime.lanes.survey import survey
+
+    rows = survey()
+    if arguments.json:
+        print(json.dumps({"lanes": [row.to_json() for row in rows]}, indent=2))
+        return 0
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        rate = f"{row.gb_per_s:7.2f} GB/s" if row.gb_per_s is not None else " " * 12
+        print(f"{row.name:<{width}}  {'usable' if row.usable else 'off':<6}  {rate}  {row.reason}")
+    return 0
+
+
 # ---------------------------------------------------------------- patterns
 def add_patterns(parser: Parser, subparsers: Any) -> None:
     command = parser.add_command(
@@ -139,6 +162,8 @@ def add_worker(parser: Parser, subparsers: Any) -> None:
                          help="memory of this process (default: the machine's)")
     command.add_argument("--resident-quota-gib", type=positive_float, metavar="GIB",
                          help="what one session may keep here between calls (default: 60 %% of the memory limit)")
+    command.add_argument("--dpdk-port", metavar="PORT",
+                         help="offer the dpdk lane on memif, af_packet:INTERFACE, af_xdp:INTERFACE or pci:ADDRESS")
     command.add_argument("--log-level", default="WARNING", metavar="LEVEL", type=str.upper,
                          choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
                          help="DEBUG, INFO, WARNING, ERROR or CRITICAL (default: WARNING)")
@@ -155,7 +180,8 @@ def run_worker(arguments: argparse.Namespace) -> int:
         op_libraries=tuple(arguments.op_library), keys=arguments.keys,
         allow_unauthenticated=arguments.allow_anyone_on_the_network,
         memory_limit_bytes=None if limit_gib is None else int(limit_gib * 2**30),
-        resident_quota_bytes=None if quota_gib is None else int(quota_gib * 2**30), log_level=arguments.log_level))
+        resident_quota_bytes=None if quota_gib is None else int(quota_gib * 2**30),
+        dpdk_port=arguments.dpdk_port, log_level=arguments.log_level))
     return 0
 
 

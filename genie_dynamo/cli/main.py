@@ -24,7 +24,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for add in (commands.add_demo, commands.add_doctor, commands.add_explain, commands.add_worker,
-                commands.add_workers, commands.add_patterns, commands.add_keygen):
+                commands.add_workers, commands.add_lanes, commands.add_patterns, commands.add_keygen):
         add(parser, subparsers)
     return parser
 

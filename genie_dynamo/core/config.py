@@ -28,6 +28,7 @@ LOG_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 5
 MAX_EMBEDDED_WORKERS = 256
 MAX_THREADS = 4096
 _ADDRESS = re.compile(r"tcp://(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5})$|ipc://\S+$")
+_DPDK_PORT = re.compile(r"memif|(?:af_packet|af_xdp):[^\s:/]{1,15}|pci:[0-9a-fA-F:.]+")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")
 
 
@@ -138,6 +139,12 @@ def _workers(value: Any) -> int | tuple[str, ...]:
     return words
 
 
+def _dpdk_port(value: Any) -> str:
+    if not isinstance(value, str) or not _DPDK_PORT.fullmatch(value):
+        raise _Bad("memif, af_packet:INTERFACE, af_xdp:INTERFACE or pci:ADDRESS")
+    return value
+
+
 def _cluster(value: Any) -> str:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -191,8 +198,10 @@ class Config:
     """Every option. Make one with `Config.build(...)`; a direct construction is checked too."""
 
     policy: Policy = field(default="min_latency", metadata=_per_compile(
-        _not_yet(_choice("min_latency", "max_throughput", "min_cost"), "min_latency", "max_throughput"),
-        "what placement minimises"))
+        _choice("min_latency", "max_throughput", "min_cost"), "what placement minimises; min_cost needs prices in "
+        "cluster.yaml"))
+    latency_bound_s: float | None = field(default=None, metadata=_per_compile(
+        _optional(_number(0, 1e6, above=True)), "min_cost: the longest estimate that a graph's call may have"))
     awareness: Awareness = field(default="full", metadata=_per_compile(
         _choice("full", "weights", "blind"),
         "what stays on workers: full (weights, and caches and other state), weights, blind (nothing)"))
@@ -214,8 +223,10 @@ class Config:
     microbatches: int = field(default=1, metadata=_per_compile(
         _integer(1, 4096), "parts that a batch is cut into, so that they follow each other through workers"))
     require_lane: str | None = field(default=None, metadata=_per_compile(
-        _not_yet(_optional(_choice("zmq", "tcp", "shm", "dpdk")), None, "zmq"),
+        _optional(_choice("zmq", "stream", "tcp", "shm", "dpdk")),
         "refuse to run when payload would use another lane"))
+    dpdk_port: str | None = field(default=None, metadata=_per_session(
+        _optional(_dpdk_port), "this end of the dpdk lane: memif, af_packet:INTERFACE, af_xdp:INTERFACE, pci:ADDRESS"))
     qos: str | None = field(default=None, metadata=_per_compile(
         _not_yet(_optional(_choice("realtime", "interactive", "batch")), None),
         "class of service of this model's calls"))
@@ -253,6 +264,9 @@ class Config:
                 f"heartbeat_timeout_s={self.heartbeat_timeout_s:g} leaves no room for a lost heartbeat at "
                 f"heartbeat_interval_s={self.heartbeat_interval_s:g}; make it at least twice the interval",
                 option="heartbeat_timeout_s")
+        if self.latency_bound_s is not None and self.policy != "min_cost":
+            raise ConfigError(f"latency_bound_s={self.latency_bound_s:g} bounds min_cost; policy={self.policy!r} has "
+                              "no use for it", option="latency_bound_s")
         if self.workers is not None and self.cluster is not None:
             raise ConfigError(
                 f"both workers={self.workers!r} and cluster={self.cluster!r} are given; keep one of them",

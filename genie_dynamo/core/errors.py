@@ -13,6 +13,8 @@
     ├── WorkerError              the other side broke
     │   ├── WorkerUnreachableError   nobody answers at the address
     │   ├── WorkerLostError          it answered once and is gone now
+    │   ├── LaneLostError            the payload lane broke, the worker lives: the call takes the next best lane
+    │   ├── LaneUnavailableError     require_lane names a lane that these two ends cannot use
     │   ├── WorkerTimeoutError       alive, but the deadline passed (also a TimeoutError)
     │   ├── WorkerMemoryError        out of memory there; the worker lives on
     │   ├── WorkerBusyError          it is draining, or too many requests wait
@@ -86,6 +88,14 @@ class WorkerUnreachableError(WorkerError):
 
 class WorkerLostError(WorkerError):
     """The worker answered before and is gone now."""
+
+
+class LaneLostError(WorkerError):
+    """The lane of a call broke while its worker lives. The call is repeated over the next best lane."""
+
+
+class LaneUnavailableError(WorkerError):
+    """`require_lane` names a lane that cannot be used with a worker; the message says why."""
 
 
 class WorkerTimeoutError(WorkerError, TimeoutError):

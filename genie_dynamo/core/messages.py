@@ -8,8 +8,9 @@ Field types:
              where small and otherwise the index of a payload frame.
     argument an int, float, bool or None; or `(INLINE, tensor)`; or a handle: `(RESIDENT, tensor id, epoch)` of a
              parameter, a buffer or an activation, `(HELD, tensor id, epoch[, (shape, stride, offset)])` of state, or of
-             a view of it (offset in elements from its first), `(STORE, tensor id, epoch, tensor)` of state whose
-             content comes along. Templates remember RESIDENT arguments, never state: it changes with every call.
+             a view of it (offset in elements from its first), `(MOVED, tensor id, epoch)` of state that another worker
+             sends, `(STORE, tensor id, epoch, tensor)` of state whose content comes along. Templates remember RESIDENT
+             arguments, never state: it changes with every call.
     value    an int, float, bool or None; or `(INLINE, tensor)`; or a view of memory that several values share:
              `(SPAN, uint8 tensor, view)` brings the memory, `(ALIAS, index of the value with the SPAN, view)` refers
              to it; `(INPUT_VIEW, view)` is one of the memory of the call's own input, with the offset counted from
@@ -30,6 +31,7 @@ SPAN = 3
 INPUT_VIEW = 4
 HELD = 5
 STORE = 6
+MOVED = 7
 
 
 class Hello(NamedTuple):
@@ -50,6 +52,7 @@ class Welcome(NamedTuple):
     heartbeat_address: str
     stream_address: str     # where the worker takes runs over a stream (runtime/lanes/stream.py); empty: nowhere
     connection: bytes       # how the worker names this connection
+    lanes: tuple[Any, ...]  # native lanes it offers, best first: (name, version, address)
     facts: dict[str, Any]   # device, threads, torch version, pid, memory
 
 
@@ -202,6 +205,25 @@ class Probe(NamedTuple):
     size_bytes: int
 
 
+class Move(NamedTuple):
+    """Client -> worker: send a resident tensor to another worker of the session. Answered by Done once it is sent."""
+
+    request: int
+    tensor_id: int
+    epoch: int
+    address: str
+    key: str                                 # the other worker's public key, or ""
+
+
+class Land(NamedTuple):
+    """Worker -> worker: a resident tensor of a session that moves. Not answered; runs that name it wait for it."""
+
+    session: bytes
+    tensor_id: int
+    epoch: int
+    tensor: tuple[Any, ...]
+
+
 class Ping(NamedTuple):
     """Client -> worker: keeps the session's lease. Not answered."""
 
@@ -214,12 +236,12 @@ class Bye(NamedTuple):
 
 Message = (
     Hello | Welcome | Load | Have | Put | Adopt | Run | Partial | Result | Failure | Done | Push | Cancel | Free
-    | Drop | Fetch | Stats | Ping | Bye | Calibrate | Echo | Probe
+    | Drop | Fetch | Stats | Ping | Bye | Calibrate | Echo | Probe | Move | Land
 )
 
 _TYPES: tuple[type[Any], ...] = (
     Hello, Welcome, Load, Have, Put, Adopt, Run, Partial, Result, Failure, Done, Push, Cancel, Free, Drop, Fetch,
-    Stats, Ping, Bye, Calibrate, Echo, Probe,
+    Stats, Ping, Bye, Calibrate, Echo, Probe, Move, Land,
 )
 _TAG_OF: dict[type[Any], int] = {cls: tag for tag, cls in enumerate(_TYPES)}
 _NUMBER = (int, float)
@@ -230,7 +252,7 @@ _FIELD_TYPES: dict[str, Any] = {
     "digest": (bytes, type(None)), "program_id": int, "call_id": int, "arguments": tuple, "keeps": tuple,
     "incoming": tuple, "frees": tuple, "values": tuple, "kept": tuple, "compute_s": _NUMBER, "queue_s": _NUMBER,
     "resident_bytes": int, "kind": str, "message": str, "value_id": int, "tensors": tuple, "value": object,
-    "info": object, "template": int, "fresh": bool, "address": str, "key": str, "size_bytes": int,
+    "info": object, "template": int, "lanes": tuple, "fresh": bool, "address": str, "key": str, "size_bytes": int,
     "state": tuple, "evicted": tuple,
 }
 _CHECKS: tuple[tuple[Any, ...], ...] = tuple(tuple(_FIELD_TYPES[f] for f in cls._fields) for cls in _TYPES)

@@ -97,14 +97,15 @@ class Plan:
     def returned_values(self) -> tuple[str, ...]:
         """Value names that come back to the caller, each once: outputs, new contents of mutated inputs, the rng.
 
-        Of a value that the caller rebuilds only the pieces come back.
+        Of a value that the caller rebuilds only the pieces come back. A generator state that is among the saved values
+        stays on its worker.
         """
         names = [o.name for o in self.outputs if o.kind == "value"]
         names += [name for index, name in self.mutations if index not in self.stays]
         rebuilt = {recipe.value for recipe in self.rebuilds}
         names = [name for name in names if name not in rebuilt]
         names += [piece for recipe in self.rebuilds for piece in recipe.names("piece")]
-        if self.final_rng:
+        if self.final_rng and self.final_rng not in self.saved_values():
             names.append(self.final_rng)
         return tuple(dict.fromkeys(names))
 

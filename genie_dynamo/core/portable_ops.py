@@ -13,6 +13,8 @@ Contract: on the CPU, out is bit for bit what F.scaled_dot_product_attention giv
 are those of eager's autograd. On other devices the values are that device's, and the strides still those that the
 CPU gives: a graph traced on the client views the result by them. No dropout; attn_mask gets no gradient.
 
+    genie::laid_out(x, stride) -> x, or a copy of it where it does not start its memory or its strides are others
+
 Importing this module registers the ops. It needs torch and nothing else of this project.
 """
 from __future__ import annotations
@@ -39,6 +41,7 @@ _LIBRARY.define(f"sdpa({_SIGNATURE}, {_OPTIONS}) -> (Tensor out, Tensor lse)", t
 _LIBRARY.define(
     f"sdpa_bw(Tensor grad_out, {_SIGNATURE}, Tensor out, Tensor lse, {_OPTIONS})"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)", tags=_TAGS)
+_LIBRARY.define("laid_out(Tensor x, SymInt[] stride) -> Tensor", tags=_TAGS)
 
 sdpa = torch.ops.genie.sdpa.default
 sdpa_bw = torch.ops.genie.sdpa_bw.default
@@ -216,6 +219,12 @@ def _with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+def _laid_out(x: Tensor, stride: list[int]) -> Tensor:
+    if x.storage_offset() == 0 and x.stride() == tuple(stride):
+        return x
+    return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
+
+
 # ---------------------------------------------------------------- tracing
 class _SeesFlash(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notices which way the composite op goes."""
@@ -347,3 +356,4 @@ _LIBRARY.impl("sdpa", _autocast_kernel("cuda"), "AutocastCUDA")
 torch.library.register_fake("genie::sdpa", _sdpa_fake, lib=_LIBRARY)
 torch.library.register_fake("genie::sdpa_bw", _sdpa_bw_fake, lib=_LIBRARY)
 _LIBRARY.impl("sdpa", _autograd_kernel, "Autograd", with_keyset=True)
+_LIBRARY.impl("laid_out", _laid_out, "CompositeExplicitAutograd")

@@ -10,6 +10,9 @@ from typing import Any
 from genie_dynamo.core.errors import ProtocolError
 from genie_dynamo.core.plan import RNG_STATE, Fragment, Plan, rng_after
 
+Offers = tuple[tuple[str, int, str], ...]
+"""Native lanes that a worker offers: (name, version, address), best first."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FragmentProgram:
@@ -30,7 +33,7 @@ class WorkerProgram:
     fragments: tuple[FragmentProgram, ...]
     inputs: tuple[int, ...]                          # value ids the client supplies in each Run, in order
     receives: tuple[int, ...]                        # value ids that other workers push here
-    sends: tuple[tuple[int, str, str], ...]          # (value id, peer address, peer key or "") to push when ready
+    sends: tuple[tuple[int, str, str, Offers], ...]  # (value id, peer address, its key or "", its lanes) to push
     returns: tuple[int, ...]                         # value ids that go back to the client
     keeps: tuple[int, ...]                           # value ids that stay here under a handle
     state: tuple[int, ...] = ()                      # value ids that also stay here where a Run gives them handles
@@ -57,7 +60,7 @@ class WorkerProgram:
                 raise ValueError(f"unknown compiler {compiler!r:.40}")
             return cls(
                 program_id=_int(program_id), fragments=built, inputs=_ints(inputs), receives=_ints(receives),
-                sends=tuple((_int(v), str(address), str(key)) for v, address, key in sends),
+                sends=tuple((_int(v), str(address), str(key), _offers(lanes)) for v, address, key, lanes in sends),
                 returns=_ints(returns), keeps=_ints(keeps), state=_ints(state),
                 aliases=tuple(_ints(group) for group in aliases),
                 input_views=tuple((_int(v), _int(source)) for v, source in views), compiler=compiler,
@@ -70,6 +73,10 @@ def _int(value: Any) -> int:
     if type(value) is not int:
         raise TypeError(f"expected an integer, got {value!r:.40}")
     return value
+
+
+def _offers(lanes: Any) -> Offers:
+    return tuple((str(name), _int(version), str(address)) for name, version, address in lanes)
 
 
 def _bytes(value: Any) -> bytes:
@@ -115,12 +122,12 @@ def worker_programs(
     specs: dict[int, bytes],
     *,
     program_id: int,
-    peers: tuple[tuple[str, str], ...],
+    peers: tuple[tuple[str, str, Offers], ...],
     compiler: str = "flat",
 ) -> dict[int, WorkerProgram]:
     """Each worker's program.
 
-    Args:    specs: fragment id -> encoded GraphSpec.  peers: (address, key) per worker of the plan.
+    Args:    specs: fragment id -> encoded GraphSpec.  peers: (address, key, lanes) per worker of the plan.
     Returns: worker index -> program, for the workers that have a fragment.
     """
     ids = value_ids(plan)

@@ -1,6 +1,7 @@
 // genie_dynamo._native: conversions only; what it does stands in lane/ and memory/.
 #include <pybind11/pybind11.h>
 
+#include "bindings/bindings.h"
 #include "lane/digest.h"
 #include "lane/lane.h"
 
@@ -9,6 +10,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Lanes and registered memory (native/); used through genie_dynamo.runtime.lanes.";
   module.attr("LANE_VERSION") = genie::kLaneVersion;
+  py::register_exception<genie::LaneError>(module, "LaneError", PyExc_OSError);
   module.def(
       "crc32c",
       [](const py::buffer& data, std::uint32_t crc) {
@@ -18,4 +20,6 @@ PYBIND11_MODULE(_native, module) {
         return genie::crc32c(view.ptr, size, crc);
       },
       py::arg("data"), py::arg("crc") = 0, "CRC32C of contiguous bytes, going on from `crc`.");
+  genie::bind_memory(module);
+  genie::bind_lanes(module);
 }

@@ -63,6 +63,7 @@ struct Buffer {
   std::size_t size_bytes = 0;
   bool read_only = false;              // writing to it faults
   std::shared_ptr<void> owner;
+  bool foreign = false;                // the peer's pages: it cannot use them again before the last owner goes
 };
 
 // One gathered piece of a transfer. `owner` keeps the memory as it is until the transfer has ended.
@@ -107,6 +108,7 @@ struct Statistics {
   std::uint64_t bytes_copied_out = 0;                // by the sender's processor, inside the lane
   std::uint64_t bytes_copied_in = 0;                 // by the receiver's processor, inside the lane
   std::uint64_t bytes_shared = 0;                    // sent by naming pages that both ends see
+  std::uint64_t bytes_open = 0;                      // posted and not ended: what a peer that does not read piles up
   std::uint64_t wakeups = 0;                         // of a sleeping peer
 };
 
@@ -131,14 +133,18 @@ class Lane {
   // Move what can be moved now and report what happened; never sleeps. Returns how many things were reported.
   virtual std::size_t poll(Sink& sink) noexcept = 0;
 
-  // Before sleeping on wait_fd(): false if there is something to poll for already.
-  [[nodiscard]] virtual bool arm() noexcept = 0;
+  // Before sleeping on wait_fd(): false if there is something to poll for already. An end of a transfer wakes the
+  // sleeper only where `for_ends` asks for it: who waits for an answer is not to be woken twice.
+  [[nodiscard]] virtual bool arm(bool for_ends) noexcept = 0;
   // Readable, once armed, when poll() has something to do.
   [[nodiscard]] virtual int wait_fd() const noexcept = 0;
   // Make wait_fd() readable now. In any thread.
   virtual void wake() noexcept = 0;
   // When poll() must be called at the latest though nothing comes (deadlines, retransmissions).
   [[nodiscard]] virtual Deadline next_timer() const noexcept { return kNoDeadline; }
+
+  // Whether polling from another thread would move something on: half a message in or out, a queue that is not empty.
+  [[nodiscard]] virtual bool in_progress() const noexcept { return false; }
 
   // Ends a transfer in CANCELLED unless it has ended; what the peer has of it by then it may still get.
   [[nodiscard]] virtual bool cancel(std::uint64_t id) noexcept = 0;

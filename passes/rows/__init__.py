@@ -5,5 +5,5 @@
     call.py      one op's arguments, with the dim along which each has rows
     registry.py  the rule of each op family; elementwise.py, views.py, matrix.py, reductions.py, layers.py, gathers.py
 
-A rule says when an op on a part of the rows gives that part of the result. What no rule speaks for is taken to mix rows.
+A rule says when an op on a part of the rows gives that part of the result. What has no rule is taken to mix rows.
 """

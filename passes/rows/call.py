@@ -94,6 +94,10 @@ class Call:
             raise KeyError(name)
         return self._defaults.get(name)
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """An argument as above; `default` for a name the op has not."""
+        return self[name] if name in self._names else default
+
     def __contains__(self, name: str) -> bool:
         return name in self._names
 

@@ -94,8 +94,8 @@ def batched_inputs(gm: fx.GraphModule, static_inputs: Sequence[int], num_parts: 
         raise NotPipelined("no input has a batch of more than one row")
     possible = {size: names for size, names in by_size.items() if size % num_parts == 0}
     if not possible:
-        raise NotPipelined(f"a batch of {next(iter(by_size))} rows cannot be cut into {num_parts} equal parts; make it a "
-                           f"multiple of {num_parts}, or change microbatches")
+        raise NotPipelined(f"a batch of {next(iter(by_size))} rows cannot be cut into {num_parts} equal parts; make it "
+                           f"a multiple of {num_parts}, or change microbatches")
     for names in possible.values():
         yield dict.fromkeys(names, 0)
     for names in possible.values():
@@ -136,8 +136,8 @@ class _Search:
         if node.target is operator.getitem and node.args[0] in self._several:
             self._element(node)
             return
-        if node.target is operator.getitem and node.args[0] in self._like:
-            self._declare(node, [self._like[node.args[0]]])
+        if node.target is operator.getitem and (source := node.all_input_nodes[0]) in self._like:
+            self._declare(node, [self._like[source]])
             return
         sources = node.all_input_nodes
         rows = [source for source in sources if source in self._dims]
@@ -206,7 +206,7 @@ class _Search:
                 self._mixed.add(node)
 
     def _inherit(self, node: fx.Node) -> None:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket._qualified_op_name in VALUE_FREE:
+        if _op_name(node) in VALUE_FREE:
             self._heavy.discard(node)
             return
         for source in node.all_input_nodes:
@@ -226,8 +226,10 @@ class _Search:
                                "attention works on rows of the batch: there is nothing to gain", small=not any_heavy)
 
 
+def _op_name(node: fx.Node) -> str:
+    return str(node.target.overloadpacket._qualified_op_name) if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
 def _is_heavy(node: fx.Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    entry = find(str(node.target.overloadpacket._qualified_op_name))
+    entry = find(_op_name(node))
     return entry is not None and entry.family in MATRIX_FAMILIES

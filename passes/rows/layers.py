@@ -1,7 +1,7 @@
 """Normalisation, pooling, resizing, embedding and losses."""
 from __future__ import annotations
 
-from genie_dynamo.passes.rows.call import Call, MixesRows, Parts
+from genie_dynamo.passes.rows.call import Call, MixesRows, Parts, State
 from genie_dynamo.passes.rows.registry import rule
 
 
@@ -23,7 +23,8 @@ def layer_norm_backward(call: Call) -> Parts:
         raise MixesRows(f"{call.node.name} normalises over rows")
     call.rows_at(dim, "grad_out", "input", "rstd", *(["mean"] if "mean" in call else []))
     mask = call["output_mask"]
-    return Parts((dim if mask[0] else "same", *("sum" if asked else "same" for asked in mask[1:])))
+    together: list[State] = ["sum" if asked else "same" for asked in mask[1:]]
+    return Parts((dim if mask[0] else "same", *together))
 
 
 @rule("native_group_norm", "native_group_norm_backward")
@@ -41,12 +42,13 @@ def group_norm(call: Call) -> Parts:
       "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_batch_norm_with_update_functional",
       "_batch_norm_no_update", "cudnn_batch_norm")
 def batch_norm(call: Call) -> Parts:
-    training = call["training"] if "training" in call else "with_update" in call.name
+    training = call.get("training", "with_update" in call.name)
     if training or "running_mean" not in call or call["running_mean"] is None:
         raise MixesRows(f"{call.node.name}: BatchNorm in training normalises over the rows of the batch")
     call.without_rows("weight", "bias", "running_mean", "running_var")
     call.rows_at(0, "input")
-    return Parts((0, *("same" for _ in call.out[1:])))
+    same: list[State] = ["same" for _ in call.out[1:]]
+    return Parts((0, *same))
 
 
 @rule("native_batch_norm_backward")

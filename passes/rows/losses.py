@@ -8,6 +8,7 @@ divides by it, need not wait for the last forward.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -32,9 +33,9 @@ def _separate(graph: fx.Graph, node: fx.Node) -> None:
     assert isinstance(logits, fx.Node) and isinstance(target, fx.Node)
     dtype = logits.meta["val"].dtype
 
-    def add(op: torch._ops.OpOverload, *args: object) -> fx.Node:
-        new = graph.call_function(op, args)  # type: ignore[arg-type]
-        given = fx.map_arg(args, lambda n: n.meta["val"])  # type: ignore[arg-type]
+    def add(op: torch._ops.OpOverload, *args: Any) -> fx.Node:
+        new = graph.call_function(op, args)
+        given = fx.map_arg(args, lambda n: n.meta["val"])
         with logits.meta["val"].fake_mode:
             new.meta = {**node.meta, "val": op(*given), "origin": node.name}
         return new

@@ -99,7 +99,7 @@ def attention_backward(call: Call) -> Parts:
 
 def _no_dropout(call: Call) -> None:
     if call.get("dropout_p"):
-        raise MixesRows(f"{call.node.name} draws random numbers for the whole batch at once; for parts of it they would "
+        raise MixesRows(f"{call.node.name} draws random numbers for the whole batch at once; for parts they would "
                         "be others")
 
 

@@ -15,7 +15,7 @@ def reduce(call: Call) -> Parts:
     """With equal parts a mean is the mean of the parts' means."""
     source = call.leaf("self") if "self" in call else call.leaves[0]
     assert source.dim is not None
-    asked = call["dim"] if "dim" in call else None
+    asked = call.get("dim")
     if asked is None or asked == []:
         over = set(range(source.ndim))
     else:
@@ -41,7 +41,7 @@ def pick(call: Call) -> Parts:
     """With a dim: values and where they were, or only where."""
     source = call.leaf("self")
     assert source.dim is not None
-    asked = call["dim"] if "dim" in call else None
+    asked = call.get("dim")
     kind = call.name.removeprefix("aten::")
     if asked is None:
         if kind not in _TOGETHER:

@@ -28,7 +28,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def parts_of(call: Call) -> Parts:
     """What an op that reads rows does with them. Raises: MixesRows."""
     if torch.Tag.nondeterministic_seeded in call.op.tags:
-        raise MixesRows(f"{call.node.name} draws random numbers for the whole batch at once; for parts of it they would "
+        raise MixesRows(f"{call.node.name} draws random numbers for the whole batch at once; for parts they would "
                         "be others")
     if call.op._schema.is_mutable:
         raise MixesRows(f"{call.node.name} ({call.name}) writes to its arguments")

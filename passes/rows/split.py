@@ -235,6 +235,7 @@ class _Builder:
         args, kwargs = list(fx.map_arg(node.args, source)), dict(fx.map_arg(node.kwargs, source))
         for name, value in how.parts.change.items():
             _set(node, args, kwargs, name, value)
+        assert callable(node.target)
         return self._add(node.target, tuple(args), kwargs, node, number)
 
     def _together(self, node: fx.Node, made: Sequence[fx.Node], state: Any) -> fx.Node:

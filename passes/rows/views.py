@@ -40,7 +40,7 @@ def expand(call: Call) -> Parts:
 @rule("permute")
 def permute(call: Call) -> Parts:
     source = call.leaf("self")
-    return Parts(([wrap(d, source.ndim) for d in call["dims"]].index(source.dim),))
+    return Parts((next(new for new, old in enumerate(call["dims"]) if wrap(old, source.ndim) == source.dim),))
 
 
 @rule("transpose")

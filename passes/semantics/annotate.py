@@ -19,6 +19,7 @@ from genie_dynamo.core.semantics import TRUSTED_CONFIDENCE, PhaseRule, Region, S
 from genie_dynamo.passes.semantics.engine import Clock, EngineReport, Found, run_patterns
 from genie_dynamo.passes.semantics.evidence import weigh_names
 from genie_dynamo.passes.semantics.fusion import Container, find_encoders, find_fusions
+from genie_dynamo.passes.semantics.learned.opinion import HINT_CONFIDENCE, Hint, hints
 from genie_dynamo.passes.semantics.modality import classify_inputs, flow, label
 from genie_dynamo.passes.semantics.pattern import Pattern
 from genie_dynamo.passes.semantics.reading import read_graph
@@ -29,8 +30,8 @@ from genie_dynamo.passes.semantics.workload import find_phase_rule, find_workloa
 
 NodeCost = Callable[[str], tuple[float, float] | None]
 """(FLOPs, bytes moved) of a node by name, or None where nobody knows."""
-Classifier = Callable[[GraphView, Region], tuple[str, float] | None]
-"""A second opinion on a region that the rules are unsure of: (kind, confidence), or None."""
+Classifier = Callable[[GraphView, set[ViewNode]], Sequence[Hint]]
+"""What nodes look like that no rule claims, given those that rules claim."""
 
 log = logging.getLogger(__name__)
 _DOUBTED = 0.65        # of a workload whose inputs may be something else
@@ -42,7 +43,7 @@ class Annotator:
 
     registry: Registry = field(default_factory=lambda: REGISTRY)
     cost: NodeCost | None = None
-    classifier: Classifier | None = None
+    classifier: Classifier | None = hints
     clock: Clock = time.thread_time
     names: bool = True             # whether module paths and the names of inputs may count
 
@@ -98,7 +99,8 @@ class Annotator:
         encoders = [encoder for _, encoder in find_encoders(parts, fusions, masks)]
         containers = (*encoders, *stages, *fusions)
         outer = [self._container(c, masks, phase) for c in containers]
-        return _number([*leaves, *outer]), containers
+        claimed = {n for f in found for n in f.nodes} | {n for c in containers for n in c.nodes}
+        return _number([*leaves, *self._hinted(view, claimed, masks, phase), *outer]), containers
 
     def _leaf(self, view: GraphView, found: Found, masks: Sequence[int], phase: str) -> Region:
         match, names = found.match, tuple(node.name for node in found.nodes)
@@ -108,11 +110,16 @@ class Annotator:
             pattern=found.pattern.name, module_path=_common_path(found.nodes), phase=phase,
             modality=label(_mask(match.core, masks)),
             annotations=tuple({**match.annotations, **found.pattern.annotations}.items()))
-        if self.classifier is not None and not region.trusted:
-            opinion = self.classifier(view, region)
-            if opinion is not None and opinion[1] > region.confidence:
-                region = replace(region, kind=opinion[0], confidence=opinion[1], pattern="classifier")
         return self._priced(region)
+
+    def _hinted(self, view: GraphView, claimed: set[ViewNode], masks: Sequence[int], phase: str) -> list[Region]:
+        """What no rule claims and the classifier has a name for: never trusted."""
+        found = self.classifier(view, claimed) if self.classifier is not None else ()
+        return [self._priced(Region(
+            region_id="", kind=hint.kind, nodes=tuple(n.name for n in hint.nodes), confidence=HINT_CONFIDENCE,
+            reason=f"no rule claims it; the classifier takes it for {hint.kind} ({hint.probability:.2f})",
+            pattern="classifier", module_path=_common_path(hint.nodes), phase=phase,
+            modality=label(_mask(hint.nodes, masks)))) for hint in found]
 
     def _container(self, container: Container, masks: Sequence[int], phase: str) -> Region:
         return self._priced(Region(

@@ -20,7 +20,7 @@ from genie_dynamo.runtime.client.recipes import Recipe
 from genie_dynamo.runtime.client.residency import Entry, Seen, StaticSet
 from genie_dynamo.runtime.client.saved import SavedHandle, handle_of, placeholder
 from genie_dynamo.runtime.client.session import Session
-from genie_dynamo.runtime.client.state import StateRules, Stored
+from genie_dynamo.runtime.client.state import KeptState, StateRules, Stored
 from genie_dynamo.runtime.client.uploads import Needs, acknowledge, payload_bytes
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
@@ -42,8 +42,6 @@ class Part(NamedTuple):
     stored: list[Stored]                    # contents that went along, to stay
 
 
-KeptState = tuple[WorkerLink, tuple[int, int], Any]
-"""A value of plan.state that stayed: where, under which handle, and its form."""
 Kept = tuple[Part, int, Any]
 """A value that stayed on a worker: whose it is, its index among the kept, and its form."""
 
@@ -54,8 +52,6 @@ class Answers:
     def __init__(self, plan: Plan, rules: StateRules, *, backward: bool, timeout_s: float) -> None:
         self._plan = plan
         self._rules = rules
-        self._pieces = {piece for recipe in plan.rebuilds for piece in recipe.names("piece")}
-        self._pieces -= {output.name for output in plan.outputs if output.kind == "value"}
         self._backward = backward
         self._timeout_s = timeout_s
         self._lane = ZmqFrames()
@@ -72,19 +68,25 @@ class Answers:
             while not state.done:
                 self._read(workers[0], parts[0], state, received[workers[0]], args, deadline_s)
             return received
-        poller = zmq.Poller()
-        by_socket = {}
-        for worker, part in zip(workers, parts, strict=True):
-            poller.register(part.connection.socket, zmq.POLLIN)
-            by_socket[part.connection.socket] = (worker, part)
         while not state.done:
-            ready = poller.poll(POLL_MS)
-            for socket, _ in ready:
-                worker, part = by_socket[socket]
+            ready = self._ready([(w, p) for w, p in zip(workers, parts, strict=True) if w in state.open_workers])
+            for worker, part in ready:
                 self._read(worker, part, state, received[worker], args, deadline_s)
             if not ready:
                 self._check(workers, parts, state, deadline_s)
         return received
+
+    def _ready(self, parts: Sequence[tuple[int, Part]]) -> list[tuple[int, Part]]:
+        """Those of which something can be read; none where nothing has come for a while."""
+        poller = zmq.Poller()
+        by_handle: dict[Any, tuple[int, Part]] = {}
+        for worker, part in parts:
+            handle = part.connection.wait_handle()
+            if handle is None:
+                return [(worker, part)]
+            poller.register(handle, zmq.POLLIN)
+            by_handle[handle] = (worker, part)
+        return [by_handle[handle] for handle, _ in poller.poll(POLL_MS)]
 
     def _check(self, workers: Sequence[int], parts: Sequence[Part], state: CallState, deadline_s: float) -> None:
         for worker, part in zip(workers, parts, strict=True):
@@ -133,9 +135,10 @@ class Answers:
         if index >= len(bound.return_names):
             return "state"
         name = bound.return_names[index]
-        if name in self._pieces or name in self._static_mutations or name == self._final_rng:
+        if name in self._static_mutations or name == self._final_rng:
             return "state"
-        return "state" if self._rules.comes_back(name) else self._down_reason
+        reason = self._rules.reason_down(name)
+        return self._down_reason if reason == "outputs" else reason
 
     def finish(self, session: Session, statics: StaticSet | None, binding: Binding, parts: Sequence[Part],
                state: CallState, args: list[Any], seen: Seen | None, keep: bool) -> tuple[Any, ...]:
@@ -155,18 +158,11 @@ class Answers:
                     kept[name] = (p, index, result.kept[index])
                 else:
                     named.setdefault(name, values[len(bound.return_names) + index])
-            for name, handle, form in zip(bound.state_names, p.state, result.state, strict=bool(p.state)):
-                if form is not None:
-                    state_kept[name] = (bound.link, handle, form)
             if p.template.number:
                 p.template.known = True
             if p.needs.incoming and seen is not None:
                 acknowledge(session.residency, bound.link, seen.entries, p.needs.incoming)
-            for entry, _ in p.stored:
-                session.residency.placed(entry, bound.link.key)
-            if result.evicted:
-                session.residency.evicted(bound.link.key, result.evicted)
-                session.telemetry.event("evicted by a worker", len(result.evicted))
+            self._rules.arrived(session, bound.link, bound.state_names, p.state, result, p.stored, state_kept)
         with torch.no_grad():
             writes = self._rules.rebuild(session, args, named, state_kept)
             if self._plan.mutations:

@@ -26,7 +26,7 @@ from genie_dynamo.runtime.client.connection import Connection
 from genie_dynamo.runtime.client.residency import Seen, StaticSet
 from genie_dynamo.runtime.client.saved import SavedHandle, collect_handles, hooks_active
 from genie_dynamo.runtime.client.session import Session
-from genie_dynamo.runtime.client.state import NOT_KEPT, StateRules, Stored
+from genie_dynamo.runtime.client.state import StateRules, Stored
 from genie_dynamo.runtime.client.steady import steady_call
 from genie_dynamo.runtime.client.uploads import Needs, find_needs, payload_bytes, send_fresh, send_put, unclaim
 from genie_dynamo.runtime.client.workers import WorkerLink
@@ -73,15 +73,15 @@ class Attempts:
         self._stays = frozenset(plan.stays)
         self._saves = bool(plan.saved_values())
         self._steady = (plan.num_workers == 1 and not plan.mutations and plan.final_rng is None
-                        and not info.backward and not self._blind and not plan.state)
+                        and not info.backward and not self._blind)
 
     def run(self, session: Session, part: SessionPart, args: list[Any], started_s: float) -> tuple[Any, ...]:
         """One attempt; `started_s` is when the call began. Raises: whatever stops it; then nothing has changed."""
         handles = collect_handles(args) if self.info.backward else {}
-        binding = self._choose(session, part, handles)
+        binding = self._choose(session, part, handles, args)
         seen = self._look(session, part, args)
         if self._steady and (template := binding.steady_template(seen)) is not None:
-            return steady_call(session, binding.first, template, args, self._config.timeout_s, started_s)
+            return steady_call(session, binding.first, template, self._rules, args, self._config.timeout_s, started_s)
         return self._general(session, part, binding, args, handles, seen, started_s)
 
     def _general(self, session: Session, part: SessionPart, binding: Binding, args: list[Any],
@@ -115,7 +115,8 @@ class Attempts:
         self._count(session, binding, parts, state, received, started_s, sent_s, answered_s)
         return outputs
 
-    def _choose(self, session: Session, part: SessionPart, handles: dict[int, SavedHandle]) -> Binding:
+    def _choose(self, session: Session, part: SessionPart, handles: dict[int, SavedHandle],
+                args: Sequence[Any]) -> Binding:
         """Workers for this call: where the saved activations are, else the least busy ones."""
         count = self.plan.num_workers
         key: tuple[str, ...]
@@ -126,7 +127,7 @@ class Attempts:
             else:
                 # The worker that the graph was placed on, where it lives; else any: its loss must not stop the graph.
                 placed = [x for x in session.links if x.name in self._workers and not x.lost]
-                link = placed[0] if placed else session.pick(part.prefer)
+                link = placed[0] if placed else self._near_state(session, args) or session.pick(part.prefer)
             links, key = [link], (link.key,)
         else:
             session.pick()       # replaces lost workers
@@ -140,10 +141,17 @@ class Attempts:
                 binding = part.bindings.get(key)
                 if binding is None or not binding.usable:
                     binding = bind(session, self.plan, self._specs, links, self._config.worker_compiler,
-                                   self._config.timeout_s)
+                                   self._config.timeout_s, self._config.require_lane)
                     part.bindings[key] = binding
             part.prefer = tuple({*part.prefer, *(link.name for link in links)})
         return binding
+
+    def _near_state(self, session: Session, args: Sequence[Any]) -> WorkerLink | None:
+        """The worker that has the state of this call; None where it is nowhere, or there is no choice."""
+        if len(session.links) < 2 or not self._rules.active:
+            return None
+        key = self._rules.holder(session.residency, args)
+        return next((link for link in session.links if link.key == key and not link.lost), None)
 
     def _named(self, session: Session) -> list[WorkerLink]:
         """The workers that the plan was made for. Raises: WorkerLostError where one of them has not come back."""
@@ -261,7 +269,7 @@ class Attempts:
             if self._blind and index in self.plan.static_inputs:
                 reason = "weights"
             if self._rules.active:
-                argument = self._rules.argument(session.residency, link, index, value, frames, sent, stored)
+                argument = self._rules.argument(session, link, index, value, frames, sent, stored)
                 if argument is not None:
                     return argument
         wire = lane.stage(value, frames)
@@ -279,9 +287,8 @@ class Attempts:
         """The call did not happen: tell the workers to forget it, and drop connections with replies under way."""
         for part in parts:
             unclaim(session.residency, part.bound.link, [*part.needs.fresh, *part.needs.changed])
-            part.bound.link.frees.extend([*part.keeps, *(handle for handle in part.state if handle != NOT_KEPT)])
-            part.bound.link.frees.extend([handle for entry, handle in part.stored
-                                          if entry.acked.get(part.bound.link.key) != handle[1]])
+            part.bound.link.frees.extend(part.keeps)
+            self._rules.gave_up(part.bound.link, part.state, part.stored)
             part.bound.template = Template(None, part.template.references, part.bound.arguments, 0)
             settled = len(parts) == 1 and isinstance(state.error, GenieError) and not part.bound.link.lost \
                 and not isinstance(state.error, WorkerTimeoutError)

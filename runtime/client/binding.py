@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from genie_dynamo.core import messages as m
+from genie_dynamo.core.errors import LaneUnavailableError
 from genie_dynamo.core.plan import RNG_STATE, Output, Plan
 from genie_dynamo.core.program import WorkerProgram, static_updates, value_ids, worker_programs
 from genie_dynamo.runtime.client.connection import Connection
@@ -55,7 +56,7 @@ class BoundProgram:
         self.num_fragments = len(program.fragments)
         self.last_compute_s: float | None = None       # what the worker reported of its last run
         self.outputs = tuple(self._output(output) for output in plan.outputs)
-        """Where each output is, as steady calls want it: a returned value, an argument, or a literal."""
+        """What each output is, as steady calls want it: a value by name, an argument by position, or a literal."""
         self.plain = (len(plan.fragments) == len(program.fragments) and RNG_ARGUMENT not in self.arguments
                       and not (self.keep_names or program.aliases or program.input_views))
         """Nothing but arguments goes up, and nothing but separate tensors and numbers comes down."""
@@ -63,8 +64,8 @@ class BoundProgram:
 
 
     def _output(self, output: Output) -> tuple[str, Any]:
-        if output.kind == "value" and output.name in self.return_names:
-            return "value", self.return_names.index(output.name)
+        if output.kind == "value":
+            return "value", output.name
         return output.kind, output.index if output.kind == "input" else output.literal
 
 
@@ -90,18 +91,21 @@ class Binding:
 
 
 def bind(session: Session, plan: Plan, specs: dict[int, bytes], links: Sequence[WorkerLink], compiler: str,
-         timeout_s: float) -> Binding:
+         timeout_s: float, require_lane: str | None = None) -> Binding:
     """Number the plan's programs and load each on its worker.
 
-    Raises: what a worker reports when it refuses a fragment, or WorkerError.
+    Raises: LaneUnavailableError, what a worker reports when it refuses a fragment, or WorkerError.
     """
     program_id = session.next_id()
-    peers = tuple((link.address, _text(link.server_key)) for link in links)
+    peers = tuple((link.address, _text(link.server_key), link.offers) for link in links)
     programs = worker_programs(plan, specs, program_id=program_id, peers=peers, compiler=compiler)
     names = {number: name for name, number in value_ids(plan).items()}
     bound: dict[int, BoundProgram] = {}
     for worker, program in programs.items():
         link = links[worker]
+        if require_lane is not None and link.lane.name != require_lane:
+            raise LaneUnavailableError(f"require_lane={require_lane!r}, and payload to worker {link.name} takes "
+                                       f"{link.lane}", lane=require_lane, worker=link.name)
         with link.connection() as connection:
             _load(session, connection, link, program, timeout_s)
         bound[worker] = BoundProgram(plan, link, program, names)

@@ -1,13 +1,11 @@
 """One thread's way to one worker: messages out, messages in, never waiting beyond a deadline or for a lost worker.
 
-It is a ZeroMQ socket and, where the worker offers one, a stream (runtime/lanes/stream.py) that takes small runs and
-brings their answers. Answers too large for it come over the ZeroMQ socket, and the stream says so.
+It is a ZeroMQ socket and, where the worker offers one that both can use, a better way (runtime/lanes/ends.py): a
+native lane, which takes everything and brings its answers, or a stream for small runs, whose large answers come over
+the ZeroMQ socket, and the stream says so. Negotiation (runtime/client/negotiation.py) decides.
 """
 from __future__ import annotations
 
-import contextlib
-import logging
-import socket as socket_module
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -17,8 +15,8 @@ import zmq
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import (
     WIRE_ERRORS,
-    AuthenticationError,
     GenieError,
+    LaneLostError,
     ProtocolError,
     RemoteExecutionError,
     VersionMismatchError,
@@ -27,13 +25,13 @@ from genie_dynamo.core.errors import (
     WorkerUnreachableError,
 )
 from genie_dynamo.core.wire import pack, unpack
-from genie_dynamo.runtime.lanes import stream
+from genie_dynamo.runtime.lanes.ends import End, Message
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
-
-log = logging.getLogger(__name__)
 
 POLL_MS = 100
 """How often a waiting thread looks whether its worker is still there. It sleeps in between."""
+SEND_TIMEOUT_S = 60.0
+"""How long a lane may take nothing of a message that no call's deadline covers."""
 STREAM_GRACE_S = 1.0
 """How long a closed stream may be ahead of the news that its worker has ended, where that is seen at once."""
 
@@ -48,9 +46,8 @@ class Connection:
         self._grace_s = grace_s
         self._requests = 0
         self.address = address
-        self._stream: stream.Socket | None = None
-        self._reader: stream.Reader | None = None
-        self._streaming = False            # the answer comes over the stream
+        self.end: End | None = None
+        self._streaming = False            # the answer comes over the end
         socket.setsockopt(zmq.RCVTIMEO, POLL_MS)
 
     def next_request(self) -> int:
@@ -59,38 +56,48 @@ class Connection:
         return self._requests
 
     def request(self, message: m.Message, frames: Sequence[Any] = ()) -> None:
-        """Send what will be answered over the ZeroMQ socket."""
-        self._streaming = False
+        """Send what will be answered: over the lane where there is one, else over the ZeroMQ socket."""
+        self._streaming = self._has_lane
         self.send(message, frames)
+
+    @property
+    def _has_lane(self) -> bool:
+        return self.end is not None and self.end.carries_all
 
     def send(self, message: m.Message, frames: Sequence[Any] = ()) -> int:
         """Send what is not answered; returns the size of the message part in bytes.
 
-        The frames must stay unchanged until a later message is answered.
+        The frames must stay unchanged until a later message is answered. A Cancel is to overtake what it cancels.
         """
         header = pack(m.to_wire(message))
-        if frames:
+        if self._has_lane and type(message) is not m.Cancel:
+            self._send_over_end(header, frames, time.monotonic() + SEND_TIMEOUT_S)
+        elif frames:
             send_parts(self.socket, [header, *frames])
         else:
             self.socket.send(header)
         return len(header)
 
     def run(self, header: bytes, frames: Sequence[Any], deadline_s: float, streaming: bool = True) -> None:
-        """Send a packed Run, over the stream if that is allowed and it fits; `receive` then waits at the right place.
+        """Send a packed Run, over the stream or lane if that is allowed and it fits; `receive` then waits there.
 
         Raises: WorkerLostError, WorkerTimeoutError.
         """
-        self._streaming = streaming and self._stream is not None and stream.fits(header, frames)
-        if not self._streaming:
+        end = self.end
+        self._streaming = end is not None and (streaming or end.carries_all) and end.fits(header, frames)
+        if self._streaming:
+            self._send_over_end(header, frames, deadline_s)
+        else:
             send_parts(self.socket, [header, *frames])
-            return
-        assert self._stream is not None
+
+    def _send_over_end(self, header: bytes, frames: Sequence[Any], deadline_s: float) -> None:
+        assert self.end is not None
         try:
-            stream.send_all(self._stream, stream.to_parts(header, frames), lambda: self._still_waiting(deadline_s))
+            self.end.send(header, frames, lambda: self._still_waiting(deadline_s))
         except GenieError:
             raise            # a WorkerTimeoutError is an OSError too
         except OSError as error:
-            self._stream_broke(error)
+            self._end_broke(error)
 
     def receive(self, deadline_s: float) -> tuple[m.Message, Sequence[Any], int]:
         """`(message, frames, size of the message part)`.
@@ -98,21 +105,28 @@ class Connection:
         Raises: WorkerLostError (through check_alive), WorkerTimeoutError, ProtocolError.
         """
         if self._streaming:
-            came = self._from_stream(deadline_s)
+            came = self._from_end(deadline_s)
             if came is not None:
                 header, frames = came
                 return m.from_wire(unpack(header, flat=True)), frames, len(header)
         return self._from_socket(deadline_s)
 
-    def _from_stream(self, deadline_s: float) -> stream.Message | None:
-        assert self._reader is not None
+    def _from_end(self, deadline_s: float) -> Message | None:
+        assert self.end is not None
         while True:
             try:
-                return self._reader.read()
+                return self.end.read()
             except BlockingIOError:
                 self._still_waiting(deadline_s)
             except (EOFError, OSError) as error:
-                self._stream_broke(error)
+                self._end_broke(error)
+
+    def wait_handle(self) -> Any:
+        """What to poll for an answer: a socket or a descriptor; None where there is an answer already."""
+        if not self._streaming:
+            return self.socket
+        assert self.end is not None
+        return self.end.fileno() if self.end.arm() else None
 
     def _from_socket(self, deadline_s: float) -> tuple[m.Message, Sequence[Any], int]:
         socket = self.socket
@@ -134,8 +148,10 @@ class Connection:
                 f"the worker at {self.address} is alive but did not answer in time; raise timeout_s, or look "
                 "at `genie workers` for what it is busy with", address=self.address) from None
 
-    def _stream_broke(self, error: BaseException) -> NoReturn:
-        """The worker has closed the stream: mostly because it is gone, which shows within moments."""
+    def _end_broke(self, error: BaseException) -> NoReturn:
+        """The stream or lane is closed: mostly because the worker is gone, which shows within moments."""
+        if self._has_lane:
+            self._lane_broke(error)
         until_s = time.monotonic() + self._grace_s
         while time.monotonic() < until_s:
             self._check_alive()
@@ -143,19 +159,39 @@ class Connection:
         raise WorkerLostError(f"the worker at {self.address} has closed a connection in the middle of a call ({error})",
                               address=self.address) from error
 
-    def open_stream(self, address: str, route: bytes, token: bytes, lease_s: float, timeout_s: float) -> None:
-        """Open the stream that the worker offers; without it everything goes over ZeroMQ."""
+    def _lane_broke(self, error: BaseException) -> NoReturn:
+        """Ask over the ZeroMQ socket, which nothing else uses now, whether the worker is still there."""
+        assert self.end is not None
+        end, self.end, self._streaming = self.end, None, False
+        end.close()
         try:
-            sock = stream.connect(address, POLL_MS / 1000, timeout_s)
-        except (OSError, AuthenticationError) as error:
-            log.info("no stream to %s: %s", address, error)
-            return
-        self._stream, self._reader = sock, stream.Reader(sock)
+            self.ask(m.Stats(self.next_request()), time.monotonic() + max(self._grace_s, STREAM_GRACE_S))
+        except WorkerLostError:
+            raise
+        except GenieError as silent:
+            raise WorkerLostError(f"the worker at {self.address} has closed a lane in the middle of a call ({error}) "
+                                  f"and does not answer ({silent})", address=self.address) from error
+        raise LaneLostError(f"the {end.name} lane to the worker at {self.address} broke ({error}); the worker lives",
+                            address=self.address, lane=end.name, reason=str(error)) from error
+
+    def open_end(self, end: End, route: bytes, token: bytes, lease_s: float, timeout_s: float) -> None:
+        """Say hello over a stream or lane: from here on runs take it. Raises: what the worker says, or WorkerError."""
+        self.end = end
         deadline_s = time.monotonic() + timeout_s
         self.run(pack(m.to_wire(m.Hello(m.PROTOCOL_VERSION, token, lease_s, {}, route))), (), deadline_s)
         answer, _, _ = self.receive(deadline_s)
         if isinstance(answer, m.Failure):
-            raise to_error(answer, address)
+            raise to_error(answer, self.address)
+
+    def lane_counters(self) -> dict[str, int]:
+        """What the native lane has counted, of every message in both directions; nothing where there is none."""
+        return self.end.counters() if self.end is not None else {}
+
+    def close_end(self) -> None:
+        """Let go of the stream or lane: everything takes the ZeroMQ socket again."""
+        if self.end is not None:
+            self.end.close()
+        self.end, self._streaming = None, False
 
     def ask(self, message: m.Message, deadline_s: float) -> m.Message:
         """Send a request and wait for its answer; answers to older requests are dropped.
@@ -172,11 +208,8 @@ class Connection:
                 return answer
 
     def close(self, linger_ms: int = 0) -> None:
-        if self._stream is not None:
-            # A forked child has a duplicate of the descriptor: closing ours alone would tell the worker nothing.
-            with contextlib.suppress(OSError):
-                self._stream.shutdown(socket_module.SHUT_RDWR)
-            self._stream.close()
+        if self.end is not None:
+            self.end.close()
         self.socket.close(linger=linger_ms)
 
 
@@ -199,9 +232,6 @@ def greet(connection: Connection, token: bytes, lease_s: float, facts: dict[str,
         raise VersionMismatchError(
             f"the worker at {connection.address} speaks protocol {answer.version}, this client {m.PROTOCOL_VERSION}; "
             "install the same genie-dynamo release on both sides")
-    if answer.stream_address:
-        connection.open_stream(beside(connection.address, answer.stream_address), answer.connection, token, lease_s,
-                               timeout_s)
     return answer
 
 

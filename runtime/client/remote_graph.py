@@ -12,7 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from genie_dynamo.core.config import Config
-from genie_dynamo.core.errors import StaleHandleError, UnsupportedGraphError, WorkerLostError
+from genie_dynamo.core.errors import (
+    LaneLostError,
+    LaneUnavailableError,
+    StaleHandleError,
+    UnsupportedGraphError,
+    WorkerLostError,
+)
 from genie_dynamo.core.plan import Plan
 from genie_dynamo.runtime.client import stale
 from genie_dynamo.runtime.client.attempt import Attempts, GraphInfo, SessionPart
@@ -85,7 +91,7 @@ class RemoteGraph:
         if part.refusal:
             return self._locally(session, part.refusal, values)
         try:
-            return self._attempts.run(session, part, values, started_s)
+            return self._over_lanes(session, part, values, started_s)
         except UnsupportedGraphError as error:
             # The worker lacks an op that this process has.
             if self._config.strict:
@@ -101,6 +107,24 @@ class RemoteGraph:
         except WorkerLostError as error:
             return self._after_loss(session, part, values, error)
 
+    def _over_lanes(self, session: Session, part: SessionPart, values: list[Any],
+                    started_s: float) -> tuple[Any, ...]:
+        """An attempt, and another over the next best lane where one breaks under it. Raises: as Attempts.run."""
+        while True:
+            try:
+                return self._attempts.run(session, part, values, started_s)
+            except LaneLostError as error:
+                # Each turn rules one lane out for one worker, so this ends.
+                for link in session.links:
+                    if link.address == error.facts["address"]:
+                        link.lane_lost(error.facts["lane"], error.facts["reason"])
+                if self._config.require_lane == error.facts["lane"]:
+                    raise LaneUnavailableError(f"{error}; require_lane={self._config.require_lane!r} allows no other",
+                                               **error.facts) from error
+                log.warning("%s: %s; the call takes the next best lane", self.info.label, error)
+                session.telemetry.event("call repeated after a lane broke")
+                started_s = time.perf_counter()
+
     def _look_again(self, session: Session, part: SessionPart, values: list[Any],
                     error: StaleHandleError) -> tuple[Any, ...]:
         """The worker lacks what it was thought to have: it was freed or evicted meanwhile."""
@@ -110,7 +134,7 @@ class RemoteGraph:
         else:
             for link in session.links:
                 session.residency.distrust(link.key)
-        return self._attempts.run(session, part, values, time.perf_counter())
+        return self._over_lanes(session, part, values, time.perf_counter())
 
     def _after_loss(self, session: Session, part: SessionPart, args: list[Any],
                     error: WorkerLostError) -> tuple[Any, ...]:
@@ -128,7 +152,7 @@ class RemoteGraph:
         if policy == "local":
             return self._locally(session, "worker lost, on_worker_loss=local", args)
         session.telemetry.event("call repeated after a worker was lost")
-        return self._attempts.run(session, part, args, time.perf_counter())
+        return self._over_lanes(session, part, args, time.perf_counter())
 
     def _locally(self, session: Session, reason: str, args: list[Any]) -> tuple[Any, ...]:
         session.telemetry.fallback(reason)

@@ -26,6 +26,7 @@ from genie_dynamo.runtime.client.residency import Residency
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.cluster import WorkerAddress
 from genie_dynamo.runtime.heartbeat import HeartbeatMonitor
+from genie_dynamo.runtime.lanes import dpdk
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.launcher import EmbeddedWorker, start_embedded
 from genie_dynamo.runtime.security import Security
@@ -60,7 +61,9 @@ class Session:
         self._housekeeper: threading.Thread | None = None
         self.residency = Residency(config.fingerprint_samples, self._queue_free, self.next_id)
         self.monitor = HeartbeatMonitor(interval_s=config.heartbeat_interval_s, timeout_s=config.heartbeat_timeout_s)
+        self.prices = {worker.name: worker.price_per_hour for worker in remote if worker.price_per_hour is not None}
         self.links: list[WorkerLink] = []
+        dpdk.use_port(config.dpdk_port)
         self._retired: list[WorkerLink] = []     # replaced, but activations of open graphs are still there
         try:
             if remote:
@@ -196,21 +199,36 @@ class Session:
 
     def stats(self) -> dict[str, Any]:
         """The session's counters, with each worker's memory and incarnation."""
+        links = list(self.links)
+        said = [self._ask_stats(link) for link in links]
         snapshot = self.telemetry.snapshot()
         snapshot["resident"] = self.residency.summary()
-        for link in list(self.links):
+        for link, info in zip(links, said, strict=True):
             row = snapshot["workers"].setdefault(link.name, _empty_row())
-            row.update(address=link.address, incarnation=link.incarnation, lost=link.lost or None)
-            if link.lost or self.closed:
-                continue
-            try:
-                answer = link.ask(m.Stats, 5.0)
-            except GenieError as error:
-                row["error"] = str(error)
-                continue
-            info = answer.info if isinstance(answer, m.Done) else {}
+            row.update(address=link.address, incarnation=link.incarnation, lost=link.lost or None,
+                       lane=link.lane_facts())
             row.update({key: value for key, value in info.items() if key != "incarnation"})
         return snapshot
+
+    def reset_stats(self) -> None:
+        """Set the counters to zero; what workers have pushed to each other until now counts as before."""
+        for link in list(self.links):
+            self._ask_stats(link)
+        self.telemetry.reset()
+
+    def _ask_stats(self, link: WorkerLink) -> dict[str, Any]:
+        """What a worker says about itself and this session; `{"error": ...}` where it does not, nothing once closed."""
+        if link.lost or self.closed:
+            return {}
+        try:
+            answer = link.ask(m.Stats, 5.0)
+        except GenieError as error:
+            return {"error": str(error)}
+        info = dict(answer.info) if isinstance(answer, m.Done) else {}
+        pushed_bytes = info.get("pushed_bytes")
+        if isinstance(pushed_bytes, int):
+            self.telemetry.pushed(link.name, link.key, pushed_bytes)
+        return info
 
     # -- end --------------------------------------------------------------------------------------------------
 
@@ -269,6 +287,7 @@ class Session:
         return start_embedded(
             count, num_threads=self.config.num_threads, op_libraries=self.op_libraries,
             connect_timeout_s=self.config.connect_timeout_s, log_level=self.config.log_level,
+            memif=self.config.dpdk_port == "memif",
             resident_quota_bytes=None if self.config.resident_quota_gib is None
             else int(self.config.resident_quota_gib * 2**30))
 
@@ -279,6 +298,7 @@ class Session:
             security=self._security, token=self.token,
             lease_s=0.0 if embedded is not None else self.config.session_lease_s,
             timeout_s=timeout_s or self.config.connect_timeout_s, why_lost=self._why_lost,
+            require_lane=self.config.require_lane,
             # The end of an embedded worker is seen at once, that of another by its heartbeat.
             grace_s=STREAM_GRACE_S if embedded is not None else (
                 self.config.heartbeat_timeout_s + 2 * self.config.heartbeat_interval_s))

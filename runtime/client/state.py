@@ -9,12 +9,14 @@ What stays is a cache of what the caller holds: every tensor of his is true at a
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from genie_dynamo.core import messages as m
+from genie_dynamo.core.errors import GenieError
 from genie_dynamo.core.plan import Plan
 from genie_dynamo.core.tensors import DTYPE_CODE, is_dense
 from genie_dynamo.runtime.client.habits import MIN_STATE_BYTES, Habit
@@ -25,7 +27,15 @@ from genie_dynamo.runtime.client.uploads import payload_bytes
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 
+log = logging.getLogger(__name__)
+
 NOT_KEPT = (0, 0)
+MOVE_TIMEOUT_S = 10.0
+"""How long a worker may take to send state to another before the client does."""
+
+
+KeptState = tuple[WorkerLink, tuple[int, int], Any]
+"""A value of plan.state that stayed: where, under which handle, and its form."""
 
 
 class Stored(NamedTuple):
@@ -33,6 +43,24 @@ class Stored(NamedTuple):
 
     entry: Entry
     handle: tuple[int, int]
+
+
+def move(session: Session, entry: Entry, tensor: torch.Tensor, link: WorkerLink) -> bool:
+    """Let a worker that has the content send it to `link`; False where none can, and the caller's own has to go."""
+    source = next((x for x in session.links if x.key in entry.acked and not x.lost), None)
+    if source is None:
+        return False
+    peer_key = link.server_key.decode() if link.server_key is not None else ""
+    tensor_id, epoch = entry.tensor_id, entry.epoch
+    try:
+        source.ask(lambda request: m.Move(request, tensor_id, epoch, link.address, peer_key), MOVE_TIMEOUT_S)
+    except GenieError as error:
+        log.info("state could not go from %s to %s and is sent from here: %s", source.name, link.name, error)
+        session.telemetry.event("state not moved between workers")
+        return False
+    session.telemetry.event("state moved between workers")
+    session.telemetry.event("state moved between workers: bytes", tensor.nbytes)
+    return True
 
 
 class StateRules:
@@ -57,8 +85,11 @@ class StateRules:
         sources = {index_of[name] for recipe in plan.rebuilds for name in recipe.names("input")}
         self._shared = [name for group in plan.aliases for name in group] + [name for name, _ in plan.input_views]
         self._structural = sources | set(self.targets.values())
+        self._pieces = {piece for recipe in plan.rebuilds for piece in recipe.names("piece")} - outputs
         self._bumped = bumped
-        self._statics = frozenset(plan.static_inputs)
+        statics = frozenset(plan.static_inputs)
+        self._places = [index for index in sorted(self._structural) if index not in statics] or [
+            index for index in range(len(plan.inputs)) if index not in statics]
         rebuilt = {recipe.value for recipe in self.recipes}
         self._inputs: dict[int, Habit] = {}
         self._outputs = {name: Habit("output", name in rebuilt or name in self.targets) for name in plan.state}
@@ -66,9 +97,10 @@ class StateRules:
 
     # -- arguments --------------------------------------------------------------------------------------------
 
-    def argument(self, residency: Residency, link: WorkerLink, index: int, tensor: torch.Tensor, frames: list[Any],
+    def argument(self, session: Session, link: WorkerLink, index: int, tensor: torch.Tensor, frames: list[Any],
                  sent: dict[str, int], stored: list[Stored]) -> Any:
         """How a tensor argument travels; None where it has to go as a plain value."""
+        residency = session.residency
         if tensor.is_inference() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
             return None
         version = tensor._version - (index in self._bumped)
@@ -84,6 +116,9 @@ class StateRules:
                 entry.habit.comes_back = True
             if entry.acked.get(link.key) == entry.epoch:
                 return (m.HELD, entry.tensor_id, entry.epoch)
+            if entry.acked and tensor.nbytes >= MIN_STATE_BYTES and move(session, entry, tensor, link):
+                stored.append(Stored(entry, (entry.tensor_id, entry.epoch)))
+                return (m.MOVED, entry.tensor_id, entry.epoch)
         else:
             residency.edited(entry, tensor, key)
         if tensor.nbytes < MIN_STATE_BYTES and index not in self._structural:
@@ -127,10 +162,12 @@ class StateRules:
         view = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset() - base.storage_offset())
         return (m.HELD, entry.tensor_id, entry.epoch, view)
 
-    def comes_back(self, name: str) -> bool:
-        """Whether a value is known to be state."""
+    def reason_down(self, name: str) -> str:
+        """As what a returned value counts."""
+        if name in self._pieces:
+            return "state"
         habit = self._outputs.get(name)
-        return habit is not None and habit.comes_back
+        return "state" if habit is not None and habit.comes_back else "outputs"
 
     # -- results ----------------------------------------------------------------------------------------------
 
@@ -140,8 +177,43 @@ class StateRules:
         chosen = tuple([(session.next_id(), 1) if habits[name].wanted else NOT_KEPT for name in names])
         return chosen if any(handle is not NOT_KEPT for handle in chosen) else ()
 
+    def finish(self, session: Session, link: WorkerLink, names: Sequence[str], handles: Sequence[tuple[int, int]],
+               result: m.Result, stored: Sequence[Stored], args: Sequence[Any], named: dict[str, Any]) -> None:
+        """All of the above for a call of one worker that changes none of its inputs."""
+        kept: dict[str, KeptState] = {}
+        self.arrived(session, link, names, handles, result, stored, kept)
+        if self.recipes:
+            with torch.no_grad():
+                self.rebuild(session, args, named, kept)
+        self.settle(session, args, named, kept)
+
+    def arrived(self, session: Session, link: WorkerLink, names: Sequence[str], handles: Sequence[tuple[int, int]],
+                result: m.Result, stored: Sequence[Stored], kept: dict[str, KeptState]) -> None:
+        """A worker has answered: what went along is there, what stays goes into `kept`, what had to go is forgotten."""
+        for entry, _ in stored:
+            session.residency.placed(entry, link.key)
+        for name, handle, form in zip(names, handles, result.state, strict=bool(handles)):
+            if form is not None:
+                kept[name] = (link, handle, form)
+        if result.evicted:
+            session.residency.evicted(link.key, result.evicted)
+            session.telemetry.event("evicted by a worker", len(result.evicted))
+
+    def gave_up(self, link: WorkerLink, handles: Sequence[tuple[int, int]], stored: Sequence[Stored]) -> None:
+        """The call did not happen: the worker is to free what it may have kept of it."""
+        link.frees.extend([handle for handle in handles if handle != NOT_KEPT])
+        link.frees.extend([handle for entry, handle in stored if entry.acked.get(link.key) != handle[1]])
+
+    def holder(self, residency: Residency, args: Sequence[Any]) -> str | None:
+        """The worker that has the first of the call's state that is anywhere, by key."""
+        for index in self._places:
+            entry = residency.find(args[index]) if isinstance(args[index], torch.Tensor) else None
+            if entry is not None and entry.acked and not entry.barred:
+                return next(iter(entry.acked))
+        return None
+
     def rebuild(self, session: Session, args: Sequence[Any], named: dict[str, Any],
-                kept: Mapping[str, tuple[WorkerLink, tuple[int, int], Any]]) -> list[Recipe]:
+                kept: Mapping[str, KeptState]) -> list[Recipe]:
         """Make the values that did not come whole; the recipes that write into inputs are returned, to be carried out.
 
         A value that cannot be made to the bit is fetched from the worker that keeps it, and counted.
@@ -166,7 +238,7 @@ class StateRules:
         return session.fetch(link, *handle)
 
     def settle(self, session: Session, args: Sequence[Any], named: Mapping[str, Any],
-               kept: Mapping[str, tuple[WorkerLink, tuple[int, int], Any]]) -> None:
+               kept: Mapping[str, KeptState]) -> None:
         """After everything has been committed: note which of the caller's tensors are resident now."""
         residency = session.residency
         for name in self._shared:

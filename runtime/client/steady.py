@@ -1,7 +1,8 @@
 """A call of which nothing but the arguments is new: one worker, and it has everything else.
 
 What attempt.py does for any call, in a straight line for the most common one: arguments go up with the message, values
-come down with the answer, nothing is kept, changed or drawn at random. Same messages, same checks, same counters.
+come down with the answer or are rebuilt from what does, state stays; no input is changed, nothing is drawn at random.
+Same messages, same checks, same counters.
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from genie_dynamo.core.wire import pack
 from genie_dynamo.runtime.client.binding import BoundProgram, Template
 from genie_dynamo.runtime.client.connection import Connection, to_error
 from genie_dynamo.runtime.client.session import Session
+from genie_dynamo.runtime.client.state import StateRules, Stored
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.telemetry import Share
 
@@ -28,26 +30,32 @@ class _RefusedError(Exception):
     """The worker has answered that the call did not happen; `__cause__` is why. The connection is still good."""
 
 
-def steady_call(session: Session, bound: BoundProgram, template: Template, args: list[Any], timeout_s: float,
-                started_s: float) -> tuple[Any, ...]:
+def steady_call(session: Session, bound: BoundProgram, template: Template, rules: StateRules, args: list[Any],
+                timeout_s: float, started_s: float) -> tuple[Any, ...]:
     """Run the program on its worker. Raises: as Attempts.run; then nothing has changed."""
     link = bound.link
     link.in_flight += 1
+    state: tuple[tuple[int, int], ...] = ()
+    stored: list[Stored] = []
     try:
         connection = link.borrow()
         call_id = session.next_id()
         try:
             deadline_s = time.monotonic() + timeout_s
-            request, sent = _send(connection, bound, template, args, call_id, deadline_s)
+            if rules.active:
+                state = rules.handles(session, bound.state_names)
+            request, sent = _send(session, connection, bound, template, rules, args, call_id, state, stored, deadline_s)
             sent_s = time.perf_counter()
-            values, result, received = _receive(connection, bound, request, deadline_s)
+            named, result, received = _receive(connection, bound, rules, request, deadline_s)
         except _RefusedError as refused:
             bound.template = Template(None, template.references, bound.arguments, 0)
+            rules.gave_up(link, state, stored)
             link.give_back(connection)
             assert refused.__cause__ is not None
             raise refused.__cause__ from None
         except BaseException:
             bound.template = Template(None, template.references, bound.arguments, 0)
+            rules.gave_up(link, state, stored)
             if not link.lost:
                 connection.send(m.Cancel(call_id))
             connection.close(linger_ms=200)
@@ -55,41 +63,51 @@ def steady_call(session: Session, bound: BoundProgram, template: Template, args:
     finally:
         link.in_flight -= 1
     link.give_back(connection)
-    outputs = tuple([values[at] if kind == "value" else args[at] if kind == "input" else at
+    answered_s = time.perf_counter()
+    if rules.active:
+        rules.finish(session, link, bound.state_names, state, result, stored, args, named)
+    outputs = tuple([named[at] if kind == "value" else args[at] if kind == "input" else at
                      for kind, at in bound.outputs])
     bound.last_compute_s = result.compute_s
-    answered_s = time.perf_counter()
+    dispatch_s = sent_s - started_s + time.perf_counter() - answered_s
     session.telemetry.call((Share(link.name, 1, result.compute_s, sent, received),),
-                           dispatch_s=sent_s - started_s, wait_s=answered_s - sent_s, queue_s=result.queue_s)
+                           dispatch_s=dispatch_s, wait_s=answered_s - sent_s, queue_s=result.queue_s)
     return outputs
 
 
-def _send(connection: Connection, bound: BoundProgram, template: Template, args: list[Any],
-          call_id: int, deadline_s: float) -> tuple[int, dict[str, int]]:
+def _send(session: Session, connection: Connection, bound: BoundProgram, template: Template, rules: StateRules,
+          args: list[Any], call_id: int, state: tuple[tuple[int, int], ...], stored: list[Stored],
+          deadline_s: float) -> tuple[int, dict[str, int]]:
     frames: list[Any] = []
     arguments: list[Any] = []
-    inline_bytes = 0
+    sent: dict[str, int] = {"inputs": 0}
     for _, index in template.others:
         value = args[index]
         if isinstance(value, torch.Tensor):
-            wire = _lane.stage(value, frames)
-            if type(wire[3]) is bytes:
-                inline_bytes += len(wire[3])
-            value = (m.INLINE, wire)
+            argument = rules.argument(session, bound.link, index, value, frames, sent, stored) \
+                if rules.active else None
+            if argument is None:
+                wire = _lane.stage(value, frames)
+                sent["inputs"] += len(wire[3]) if type(wire[3]) is bytes else len(frames[wire[3]])
+                argument = (m.INLINE, wire)
+            value = argument
         arguments.append(value)
     request = connection.next_request()
     header = pack(m.to_wire(m.Run(request, bound.program.program_id, call_id, tuple(arguments), (), (),
-                                  bound.link.take_frees(), -template.number)))
+                                  bound.link.take_frees(), -template.number, state)))
     connection.run(header, frames, deadline_s)
-    inputs = inline_bytes + sum(map(len, frames)) if frames else inline_bytes
-    return request, {"inputs": inputs, "control": len(header) - inline_bytes}
+    inline_bytes = sum(sent.values()) - (sum(map(len, frames)) if frames else 0)
+    sent["control"] = len(header) - inline_bytes
+    return request, sent
 
 
-def _receive(connection: Connection, bound: BoundProgram, request: int,
-             deadline_s: float) -> tuple[list[Any], m.Result, dict[str, int]]:
-    count = len(bound.return_names)
+def _receive(connection: Connection, bound: BoundProgram, rules: StateRules, request: int,
+             deadline_s: float) -> tuple[dict[str, Any], m.Result, dict[str, int]]:
+    names = bound.return_names
+    count = len(names)
     values: list[Any] = [_MISSING] * count
-    open_count, output_bytes, control_bytes = count, 0, 0
+    open_count, control_bytes = count, 0
+    received = {"outputs": 0}
     while True:
         message, frames, header_bytes = connection.receive(deadline_s)
         if isinstance(message, m.Failure) and message.request in (request, 0):
@@ -105,10 +123,12 @@ def _receive(connection: Connection, bound: BoundProgram, request: int,
                 if type(wire[3]) is bytes:
                     control_bytes -= len(wire[3])
                 value = _lane.land(wire, frames, CPU)
-                output_bytes += value.nbytes
+                reason = rules.reason_down(names[index])
+                received[reason] = received.get(reason, 0) + value.nbytes
             values[index] = value
             open_count -= 1
         if isinstance(message, m.Result):
             if open_count:
                 raise ProtocolError(f"worker {bound.link.name} returned {count - open_count} of {count} values")
-            return values, message, {"outputs": output_bytes, "control": control_bytes}
+            received["control"] = control_bytes
+            return dict(zip(names, values, strict=True)), message, received

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +11,13 @@ import zmq
 
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import WorkerLostError
+from genie_dynamo.core.program import Offers
 from genie_dynamo.runtime.client.connection import Connection, greet
+from genie_dynamo.runtime.client.negotiation import LaneChoice, lane_lost, negotiate, offers_of
 from genie_dynamo.runtime.launcher import EmbeddedWorker
 from genie_dynamo.runtime.security import Security, apply_client, harden
+
+LANE_COUNTERS = ("bytes_sent", "bytes_arrived", "bytes_shared", "bytes_copied_out", "bytes_copied_in")
 
 
 class WorkerLink:
@@ -21,7 +25,7 @@ class WorkerLink:
 
     def __init__(self, *, name: str, address: str, server_key: bytes | None, embedded: EmbeddedWorker | None,
                  context: zmq.Context[Any], security: Security, token: bytes, lease_s: float, timeout_s: float,
-                 why_lost: Callable[[WorkerLink], str | None], grace_s: float) -> None:
+                 why_lost: Callable[[WorkerLink], str | None], grace_s: float, require_lane: str | None = None) -> None:
         self.name = name
         self.address = address
         self.server_key = server_key
@@ -34,6 +38,8 @@ class WorkerLink:
         self.token = token
         self._context = context
         self._security = security
+        self.lane = LaneChoice()
+        self._require_lane = require_lane
         self._hello = (token, lease_s, {"client": name}, timeout_s)
         self._why_lost = why_lost
         self._grace_s = grace_s
@@ -47,6 +53,11 @@ class WorkerLink:
             connection.close()
             raise
         self.incarnation = self.welcome.incarnation
+        try:
+            self._negotiate(connection, self.welcome)
+        except BaseException:
+            connection.close()
+            raise
         self.key = f"{name}/{self.incarnation}"           # names this incarnation in tables
         self._idle.append(connection)
 
@@ -85,10 +96,43 @@ class WorkerLink:
             connection.close()
             self.lost = f"it was restarted (incarnation {welcome.incarnation} now, {self.incarnation} before)"
             self.check_alive()
+        try:
+            self._negotiate(connection, welcome)
+        except BaseException:
+            connection.close()
+            raise
         return connection
+
+    @property
+    def offers(self) -> Offers:
+        """The lanes that other workers may try: none where this client may use ZeroMQ alone."""
+        if self._require_lane in ("zmq", "stream"):
+            return ()
+        return tuple(offer for offer in offers_of(self.welcome, self.address)
+                     if self._require_lane in (None, offer[0]))
+
+    def _negotiate(self, connection: Connection, welcome: m.Welcome) -> None:
+        token, lease_s, _, timeout_s = self._hello
+        negotiate(connection, welcome, self.lane, token, lease_s, timeout_s, self._require_lane)
+
+    def lane_lost(self, name: str, reason: str) -> None:
+        """A lane broke while the worker lives: new connections take the next best one."""
+        lane_lost(self.lane, name, reason)
+        while self._idle:
+            self._idle.pop().close()
 
     def give_back(self, connection: Connection) -> None:
         self._idle.append(connection)
+
+    def lane_facts(self) -> dict[str, Any]:
+        """Which lane payload takes, why, how fast it was, and what the lane itself has counted on idle connections.
+
+        `bytes_shared` went as pages that both sides see: no copy was made of them on the way.
+        """
+        counted: Counter[str] = Counter()
+        for connection in list(self._idle):
+            counted.update(connection.lane_counters())
+        return {**self.lane.to_json(), **{name: counted[name] for name in LANE_COUNTERS}}
 
     def take_frees(self) -> tuple[tuple[int, int], ...]:
         """What is to be freed there, at most a message's worth."""

@@ -17,6 +17,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--op-library", action="append", default=[])
     parser.add_argument("--resident-quota-bytes", type=int)
+    parser.add_argument("--dpdk-port")
     parser.add_argument("--lifeline-fd", type=int)
     parser.add_argument("--ready-fd", type=int)
     parser.add_argument("--log-level", default="WARNING")
@@ -25,7 +26,7 @@ def main() -> int:
         run_worker(WorkerOptions(
             bind=arguments.bind, device=arguments.device, num_threads=arguments.threads,
             op_libraries=tuple(arguments.op_library), embedded=arguments.embedded,
-            resident_quota_bytes=arguments.resident_quota_bytes,
+            resident_quota_bytes=arguments.resident_quota_bytes, dpdk_port=arguments.dpdk_port,
             lifeline_fd=arguments.lifeline_fd, ready_fd=arguments.ready_fd, log_level=arguments.log_level,
         ))
     except GenieError as error:

@@ -19,6 +19,7 @@ from genie_dynamo.core.errors import WorkerMemoryError
 from genie_dynamo.core.fragment import decode
 from genie_dynamo.core.program import FragmentProgram, WorkerProgram
 from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
+from genie_dynamo.runtime.lanes import native
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.worker.compiled import RUNS, CompiledFragment
 from genie_dynamo.runtime.worker.records import RunRecord
@@ -78,7 +79,7 @@ class LoadedProgram:
         self.fragments = fragments
         self.return_index = {value: index for index, value in enumerate(program.returns)}
         shared = {value for group in program.aliases for value in group} | {value for value, _ in program.input_views}
-        self.leaves_early = {value for value, _, _ in program.sends} | (set(program.returns) - shared)
+        self.leaves_early = {send[0] for send in program.sends} | (set(program.returns) - shared)
         self.small = _small(program, fragments)
 
 
@@ -120,8 +121,12 @@ class Engine:
         return self.lane.land(wire, frames, self.device)
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor in memory that kernels like: what is used many times is worth one copy."""
-        return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES else tensor
+        """The tensor in memory of this worker, aligned as kernels like it: for what is kept, or written to."""
+        return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES or native.is_foreign(tensor) else tensor
+
+    def _writable(self, inputs: list[Any]) -> list[Any]:
+        """What a graph that may write to its inputs gets instead of a client's pages."""
+        return [self.own(x) if isinstance(x, torch.Tensor) and native.is_foreign(x) else x for x in inputs]
 
     def stage(self, value: Any, frames: list[Any]) -> Any:
         if isinstance(value, torch.Tensor):
@@ -178,7 +183,8 @@ class Engine:
         assert small is not None
         started = time.perf_counter()
         try:
-            outputs = small.plan.run([env[v] for v in small.inputs])
+            inputs = [env[v] for v in small.inputs]
+            outputs = small.plan.run(self._writable(inputs) if small.plan.may_write else inputs)
         except (MemoryError, RuntimeError) as error:
             if _is_out_of_memory(error):
                 raise _out_of_memory(error, resident_bytes) from error
@@ -232,8 +238,10 @@ class Engine:
             if status is not None:
                 return status
         if part.flat is None:
+            self._own_inputs(part, env)
             part.flat = part.fragment.plan.start([env.get(value, MISSING) for value in program.inputs])
         else:
+            self._own_inputs(part, env)
             _supply(part.flat, program, env)
         on_output = self._on_output(run, program, emit)
         with part.generator or nullcontext():
@@ -247,6 +255,13 @@ class Engine:
             if compiled is not None:
                 compiled.flat_took(part.flat.busy_s)
         return status
+
+    def _own_inputs(self, part: FragmentRun, env: dict[int, Any]) -> None:
+        if part.fragment.plan.may_write:
+            for value_id in part.fragment.program.inputs:
+                value = env.get(value_id)
+                if isinstance(value, torch.Tensor) and native.is_foreign(value):
+                    env[value_id] = self.own(value)
 
     def _run_compiled(self, run: RunRecord, part: FragmentRun, emit: Emit) -> RunStatus | None:
         """Run Inductor's code where it is there and wanted; None where the flat plan should run."""
@@ -262,6 +277,8 @@ class Engine:
             if compiled.refusal:
                 self._refused[str(program.fragment_id)] = compiled.refusal
             return None
+        if part.fragment.plan.may_write:
+            inputs = self._writable(inputs)
         with part.generator or nullcontext():
             outputs = compiled.run(inputs)
         self._publish_rng(run, part, emit)
@@ -293,12 +310,16 @@ class Engine:
             if rng[1] in run.loaded.leaves_early:
                 emit(run, rng[1], state)
 
+    def _kept(self, value: Any) -> Any:
+        """What stays here must not lie in a client's pages."""
+        return self.own(value) if isinstance(value, torch.Tensor) and native.is_foreign(value) else value
+
     def results(self, run: RunRecord,
                 sent: set[int]) -> tuple[tuple[tuple[int, Any], ...], tuple[Any, ...], tuple[Any, ...]]:
         """`((return index, value) not sent yet, kept values, values of program.state)` of a run that is done."""
         program, env = run.program, run.env
-        kept = tuple([env[v] for v in program.keeps])
-        state = tuple([env[v] for v in program.state]) if run.message.state else ()
+        kept = tuple([self._kept(env[v]) for v in program.keeps])
+        state = tuple([self._kept(env[v]) for v in program.state]) if run.message.state else ()
         if program.aliases or program.input_views:
             _share(run)
         values = tuple([(i, env[v]) for i, v in enumerate(program.returns) if v not in sent])

@@ -1,7 +1,8 @@
 """What a worker's state machine is told, and what it answers with.
 
     events     Received(message), Left(connection), Finished(run), Failed(run), Tick
-    commands   Reply, Execute (a run has all it needs to go on), Abandon (forget a run), Measure (when there is time)
+    commands   Reply, Execute (a run has all it needs to go on), Abandon (forget a run), Measure (when there is time),
+               Deliver (to another worker)
 """
 from __future__ import annotations
 
@@ -61,6 +62,15 @@ class Abandon(NamedTuple):
     run: RunRecord
 
 
+class Deliver(NamedTuple):
+    """Send a message to another worker."""
+
+    address: str
+    key: str
+    message: m.Land
+    frames: Sequence[Any] = ()
+
+
 class Measure(NamedTuple):
     """Take a measurement when there is time for it, and answer."""
 
@@ -70,7 +80,7 @@ class Measure(NamedTuple):
 
 
 Event = Received | Left | Finished | Failed | Tick
-Command = Reply | Execute | Abandon | Measure
+Command = Reply | Execute | Abandon | Measure | Deliver
 
 
 def failure(request: int, error: BaseException) -> m.Failure:

@@ -19,9 +19,10 @@ import zmq
 from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::sdpa
 from genie_dynamo.core.errors import ConfigError
 from genie_dynamo.runtime.heartbeat import HeartbeatEcho
-from genie_dynamo.runtime.lanes import stream
+from genie_dynamo.runtime.lanes import dpdk, stream
 from genie_dynamo.runtime.launcher import lifeline_watch, remove_socket_dir
 from genie_dynamo.runtime.security import Authenticator, Security, apply_client, apply_server, check_bind, harden
+from genie_dynamo.runtime.worker import lanes
 from genie_dynamo.runtime.worker.engine import Engine
 from genie_dynamo.runtime.worker.shell import WAKE_IDENTITY, Shell
 from genie_dynamo.runtime.worker.state import WorkerState
@@ -49,6 +50,7 @@ class WorkerOptions:
     allow_unauthenticated: bool = False
     memory_limit_bytes: int | None = None     # default: the machine's physical memory
     resident_quota_bytes: int | None = None   # what one session may keep here; default: QUOTA_SHARE of the limit
+    dpdk_port: str | None = None              # of the dpdk lane (runtime/lanes/dpdk.py); None: no such lane
     embedded: bool = False
     lifeline_fd: int | None = None
     ready_fd: int | None = None
@@ -83,8 +85,11 @@ def run_worker(options: WorkerOptions) -> None:
     wake = _Wake(context)
     engine = Engine(device=device, num_threads=num_threads, namespaces=namespaces, wake=wake)
     listener = _listen(options.bind, address, security)
+    dpdk.use_port(options.dpdk_port)
+    offers = lanes.offer(options.bind, address, keys=security.is_server)
     state = WorkerState(incarnation=incarnation, heartbeat_address=heartbeat.address, toolbox=engine,
                         stream_address="" if listener is None else stream.address_of(listener),
+                        lanes=tuple((offer.name, offer.version, offer.address) for offer in offers),
                         quota_bytes=options.resident_quota_bytes or _default_quota(device, limit_bytes))
 
     def connect_peer(address: str, key: str) -> zmq.Socket[bytes]:
@@ -94,7 +99,7 @@ def run_worker(options: WorkerOptions) -> None:
         peer.connect(address)
         return peer
 
-    shell = Shell(socket, state, engine, connect_peer, listener)
+    shell = Shell(socket, state, engine, connect_peer, listener, offers, wake)
     if options.lifeline_fd is not None:
         lifeline_watch(options.lifeline_fd, lambda: _die(options.bind))
     if options.ready_fd is not None:

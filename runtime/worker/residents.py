@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from genie_dynamo.core import messages as m
@@ -19,7 +19,7 @@ from genie_dynamo.core.errors import (
     StaleHandleError,
     WorkerMemoryError,
 )
-from genie_dynamo.runtime.worker.events import Abandon, Command, Execute, Failed, Received, Reply
+from genie_dynamo.runtime.worker.events import Abandon, Command, Deliver, Execute, Failed, Received, Reply
 from genie_dynamo.runtime.worker.records import SessionRecord
 from genie_dynamo.runtime.worker.toolbox import Toolbox
 
@@ -144,6 +144,25 @@ class Residents:
         for key in event.message.tensors:  # type: ignore[union-attr]
             self.discard(session, key)
         return []
+
+    def move(self, session: SessionRecord, event: Received) -> list[Command]:
+        """Send a tensor to the worker that will run with it."""
+        message: m.Move = event.message  # type: ignore[assignment]
+        tensor = self.find(session, (message.tensor_id, message.epoch))
+        frames: list[Any] = []
+        staged = self._tools.stage(tensor, frames)
+        land = m.Land(session.token, message.tensor_id, message.epoch, staged[1])
+        return [Deliver(message.address, message.key, land, frames),
+                Reply(event.connection, m.Done(message.request, None))]
+
+    def land(self, session: SessionRecord | None, message: m.Land, frames: Sequence[Any]) -> list[Command]:
+        """A tensor has come from another worker."""
+        if session is None:
+            return []
+        if message.epoch < 1:
+            raise ProtocolError(f"state has an epoch above 0, tensor {message.tensor_id} came with {message.epoch}")
+        tensor = self._tools.own(self._tools.land(message.tensor, frames))
+        return self._store(session, (message.tensor_id, message.epoch), tensor)
 
     def fetch(self, session: SessionRecord, event: Received) -> list[Command]:
         message: m.Fetch = event.message  # type: ignore[assignment]

@@ -27,6 +27,10 @@ from genie_dynamo.runtime.worker.records import RunRecord, SessionRecord, Templa
 from genie_dynamo.runtime.worker.residents import Residents
 from genie_dynamo.runtime.worker.toolbox import Toolbox
 
+MOVE_TIMEOUT_S = 30.0
+"""So long a run waits for state that another worker sends."""
+
+_KINDS = (m.RESIDENT, m.HELD, m.STORE, m.MOVED)
 _NONE: frozenset[tuple[int, int]] = frozenset()
 
 
@@ -88,7 +92,7 @@ class Runs:
         for value_id, argument in zip(value_ids, message.arguments, strict=True):
             self._bind(run, value_id, argument, event.frames, incoming)
         if session.resident_bytes > session.quota_bytes:
-            self.residents.make_room(session, _handles(message, (m.RESIDENT, m.HELD, m.STORE)) | self._remembered(run))
+            self.residents.make_room(session, _handles(message, _KINDS) | self._remembered(run))
         if message.template > 0:
             session.templates[message.program_id] = _template(run)
         if program.receives:
@@ -147,7 +151,9 @@ class Runs:
                 raise self.residents.stale(key)
         elif len(argument) == 2 and argument[0] == m.INLINE:
             run.env[value_id] = self._tools.land(argument[1], frames)
-        elif argument and argument[0] in (m.HELD, m.STORE):
+        elif len(argument) == 3 and argument[0] == m.MOVED and (argument[1], argument[2]) not in run.session.tensors:
+            run.pending.setdefault((argument[1], argument[2]), []).append(value_id)
+        elif argument and argument[0] in (m.HELD, m.STORE, m.MOVED):
             run.env[value_id] = self._state(run, argument, frames)
         else:
             raise ProtocolError(f"not an argument: {argument!r:.60}")
@@ -195,6 +201,18 @@ class Runs:
         for run in runs:
             run.abandoned = True
         return [Abandon(run) for run in runs]
+
+    def tick(self, session: SessionRecord, now_s: float) -> list[Command]:
+        """State that another worker was to send and that never came: the client sends it itself."""
+        late = [run for runs in session.runs.values() for run in runs
+                if run.pending and now_s - run.received_s > MOVE_TIMEOUT_S
+                and any(type(a) is tuple and a[0] == m.MOVED and (a[1], a[2]) in run.pending
+                        for a in run.message.arguments)]
+        commands: list[Command] = []
+        for run in late:
+            gone = self.residents.stale(next(iter(run.pending)))
+            commands += [*self.failed(Failed(run, gone, now_s)), Abandon(run)]
+        return commands
 
     def finished(self, event: Finished) -> list[Command]:
         run = event.run

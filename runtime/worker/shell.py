@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import zmq
 
 from genie_dynamo.core import messages as m
@@ -28,6 +29,7 @@ from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine
 from genie_dynamo.runtime.worker.events import (
     Abandon,
     Command,
+    Deliver,
     Execute,
     Failed,
     Finished,
@@ -38,6 +40,8 @@ from genie_dynamo.runtime.worker.events import (
     Tick,
     failure,
 )
+from genie_dynamo.runtime.worker.lanes import Lanes, Offer
+from genie_dynamo.runtime.worker.peers import Peer, Peers
 from genie_dynamo.runtime.worker.records import RunRecord
 from genie_dynamo.runtime.worker.state import WorkerState
 from genie_dynamo.runtime.worker.streams import Streams
@@ -57,15 +61,16 @@ class Shell:
     Args:
         connect_peer: `connect_peer(address, key)` opens the way to another worker.
         listener: where clients may open streams; None where they may not.
+        offers: the native lanes that clients may open.
+        wake: makes `step` return from its wait; called from other threads.
     """
 
     def __init__(self, socket: zmq.Socket[bytes], state: WorkerState, engine: Engine,
-                 connect_peer: Callable[[str, str], zmq.Socket[bytes]], listener: stream.Socket | None = None) -> None:
+                 connect_peer: Callable[[str, str], zmq.Socket[bytes]], listener: stream.Socket | None = None,
+                 offers: Sequence[Offer] = (), wake: Callable[[], None] = lambda: None) -> None:
         self._socket = socket
         self._state = state
         self._engine = engine
-        self._connect_peer = connect_peer
-        self._peers: dict[str, zmq.Socket[bytes]] = {}
         self._ready: deque[RunRecord] = deque()
         self._waiting: set[RunRecord] = set()
         self._sent: dict[RunRecord, set[int]] = {}
@@ -76,6 +81,8 @@ class Shell:
         self._socket_fd = int(socket.getsockopt(zmq.FD))
         self._poller.register(self._socket_fd, select.EPOLLIN)
         self._streams = Streams(listener, self._poller, self._message, self._left) if listener is not None else None
+        self._peers = Peers(connect_peer, self._poller, wake)
+        self._lanes = Lanes(offers, self._poller, self._message, self._left)
         self.stopping = False
 
     def run_forever(self) -> None:
@@ -98,6 +105,7 @@ class Shell:
         if now_s >= self._next_tick_s:
             self._next_tick_s = now_s + TICK_S
             self._carry_out(self._state.handle(Tick(now_s)))
+            self._peers.tidy()
 
     def _listen(self, timeout_s: float) -> bool:
         """Handle what has arrived, at most one message of each client; False where nothing has, in time."""
@@ -106,16 +114,21 @@ class Shell:
             received = self._receive()
             self._socket_used = received
         # A backlog on the one kind of socket does not keep the other waiting.
-        busy = received or (self._streams is not None and self._streams.has_more)
+        busy = received or (self._streams is not None and self._streams.has_more) or self._lanes.has_more
         events = self._poller.poll(0.0 if busy else timeout_s)
         for fd, mask in events:
             if fd == self._socket_fd:
                 self._socket_used = True
+            elif self._lanes.owns(fd):
+                self._lanes.serve(fd)
+            elif self._peers.owns(fd):
+                self._peers.serve(fd)
             else:
                 assert self._streams is not None
                 self._streams.serve(fd, mask)
         if self._streams is not None and self._streams.has_more:
             self._streams.serve_more()
+        self._lanes.serve_more()
         return busy or bool(events)
 
     def _receive(self) -> bool:
@@ -163,6 +176,9 @@ class Shell:
                     self._ready.append(run)
             elif type(command) is Abandon:
                 self._drop(command.run)
+            elif type(command) is Deliver:
+                self._peers.send(Peer(command.address, command.key, ()), command.message.session,
+                                 [pack(m.to_wire(command.message)), *command.frames])
             elif type(command) is Measure:
                 self._background.add(command)
 
@@ -192,12 +208,14 @@ class Shell:
             self._waiting.add(run)
 
     def _emit(self, run: RunRecord, value_id: int, value: Any) -> bool:
-        for sent_id, address, key in run.program.sends:
+        for sent_id, address, key, offers in run.program.sends:
             if sent_id == value_id:
                 frames: list[Any] = []
                 staged = self._engine.stage(value, frames)
                 push = m.Push(run.session.token, run.message.call_id, value_id, staged)
-                self._peer(address, key, [pack(m.to_wire(push)), *frames])
+                self._peers.send(Peer(address, key, offers), run.session.token, [pack(m.to_wire(push)), *frames])
+                if isinstance(value, torch.Tensor):
+                    run.session.pushed_bytes += value.numel() * value.element_size()
         index = run.loaded.return_index.get(value_id)
         if index is None or self._engine.size_bytes(value) < STREAM_BYTES:
             return False
@@ -209,6 +227,9 @@ class Shell:
 
     def _reply(self, connection: bytes, message: m.Message, frames: Sequence[Any]) -> None:
         header = pack(m.to_wire(message))
+        if connection in self._lanes:
+            self._lanes.send(connection, header, frames)
+            return
         if self._streams is not None and connection in self._streams:
             route = self._state.routes.get(connection)
             if route is None or (type(message) is not m.Partial and stream.fits(header, frames)):
@@ -227,17 +248,11 @@ class Shell:
     def _answer(self, reply: Reply) -> None:
         self._reply(reply.connection, reply.message, reply.frames)
 
-    def _peer(self, address: str, key: str, parts: list[Any]) -> None:
-        socket = self._peers.get(address)
-        if socket is None:
-            socket = self._peers[address] = self._connect_peer(address, key)
-        send_parts(socket, parts, zmq.NOBLOCK)
-
     def close(self) -> None:
         """Close the sockets this shell opened or was given to listen on."""
         self._background.close()
         if self._streams is not None:
             self._streams.close()
+        self._lanes.close()
         self._poller.close()
-        for socket in self._peers.values():
-            socket.close(linger=0)
+        self._peers.close()

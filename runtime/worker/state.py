@@ -38,10 +38,12 @@ class WorkerState:
     """See the module's docstring. `handle` never raises for anything a peer sends."""
 
     def __init__(self, *, incarnation: str, heartbeat_address: str, toolbox: Toolbox, stream_address: str = "",
-                 quota_bytes: int = 1 << 62, limits: Limits = DEFAULT_LIMITS) -> None:
+                 lanes: tuple[tuple[str, int, str], ...] = (), quota_bytes: int = 1 << 62,
+                 limits: Limits = DEFAULT_LIMITS) -> None:
         self.incarnation = incarnation
         self.heartbeat_address = heartbeat_address
         self.stream_address = stream_address
+        self.lanes = lanes                                 # (name, version, address), best first
         self.routes: dict[bytes, bytes] = {}               # stream -> connection of the same client thread
         self.sessions: dict[bytes, SessionRecord] = {}
         self.draining = False
@@ -54,6 +56,7 @@ class WorkerState:
         self._handlers: dict[type[Any], Callable[..., list[Command]]] = {
             m.Load: self._load, m.Have: residents.have, m.Put: residents.put, m.Adopt: residents.adopt,
             m.Cancel: self._runs.cancel, m.Free: residents.free, m.Drop: self._drop, m.Fetch: residents.fetch,
+            m.Move: residents.move,
             m.Stats: self._stats, m.Ping: self._ping, m.Bye: self._bye, m.Calibrate: self._measure,
             m.Probe: self._measure,
         }
@@ -80,6 +83,8 @@ class WorkerState:
                 return self._hello(event.connection, message, event.now_s)
             if type(message) is m.Push:
                 return self._runs.push(self.sessions.get(message.session), message, event.frames)
+            if type(message) is m.Land:
+                return self._runs.residents.land(self.sessions.get(message.session), message, event.frames)
             if type(message) is m.Echo:
                 return self._echo(event.connection, message, event.frames)
             session = self._by_connection.get(event.connection)
@@ -123,7 +128,7 @@ class WorkerState:
         session.last_heard_s = now_s
         self._by_connection[connection] = session
         return [Reply(connection, m.Welcome(m.PROTOCOL_VERSION, self.incarnation, self.heartbeat_address,
-                                            self.stream_address, connection, self._tools.facts()))]
+                                            self.stream_address, connection, self.lanes, self._tools.facts()))]
 
     def _left(self, connection: bytes) -> list[Command]:
         self.routes.pop(connection, None)
@@ -149,7 +154,7 @@ class WorkerState:
             **self._tools.facts(), "incarnation": self.incarnation, "sessions": len(self.sessions),
             "programs": len(session.programs), "resident_tensors": len(session.tensors),
             "resident_bytes": session.resident_bytes, "quota_bytes": session.quota_bytes,
-            "waiting_runs": sum(map(len, session.runs.values())),
+            "waiting_runs": sum(map(len, session.runs.values())), "pushed_bytes": session.pushed_bytes,
         }
         return [Reply(event.connection, m.Done(event.message.request, info))]  # type: ignore[union-attr]
 
@@ -181,7 +186,8 @@ class WorkerState:
     def _tick(self, now_s: float) -> list[Command]:
         late = [s for s in self.sessions.values()
                 if s.lease_s > 0 and now_s - s.last_heard_s > s.lease_s and not s.runs]
-        return [command for session in late for command in self._end(session)]
+        ended = [command for session in late for command in self._end(session)]
+        return ended + [command for session in self.sessions.values() for command in self._runs.tick(session, now_s)]
 
     def _end(self, session: SessionRecord) -> list[Command]:
         self.sessions.pop(session.token, None)

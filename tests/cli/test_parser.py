@@ -9,7 +9,7 @@ import pytest
 
 from genie_dynamo.cli.main import build_parser, main
 
-COMMANDS = ("demo", "doctor", "worker", "workers", "keygen", "patterns", "explain")
+COMMANDS = ("demo", "doctor", "worker", "workers", "keygen", "patterns", "explain", "lanes")
 
 
 def run(*argv: str) -> int:

@@ -82,8 +82,8 @@ def test_environment_is_parsed(monkeypatch: pytest.MonkeyPatch, name: str, text:
     ("log_level", True, "DEBUG, INFO"),
     ("progress", "sometimes", "'auto', 'on', 'off'"),
     ("parameters", "remote", "not available yet"),
-    ("microbatches", 4, "not available yet"),
-    ("require_lane", "shm", "not available yet"),
+    ("microbatches", 0, "from 1 to 4096"),
+    ("require_lane", "smh", "shm"),
     ("qos", "batch", "not available yet"),
     ("deadline_s", 0.1, "not available yet"),
     ("qos", "urgent", "'realtime', 'interactive', 'batch'"),
@@ -171,3 +171,9 @@ def test_anything_is_either_accepted_or_a_config_error(option: str, value: Any) 
     except ConfigError:
         return
     assert Config(**{option: getattr(config, option)}) == config      # what was accepted stays accepted
+
+
+def test_a_latency_bound_belongs_to_min_cost() -> None:
+    assert Config.build(policy="min_cost", latency_bound_s=0.5).latency_bound_s == 0.5
+    with pytest.raises(ConfigError, match="bounds min_cost"):
+        Config.build(latency_bound_s=0.5)

@@ -69,10 +69,12 @@ def test_the_table_marks_the_row_that_is_wrong() -> None:
 
 
 def test_programs_say_where_each_value_comes_from_and_goes() -> None:
-    programs = worker_programs(plan(), {0: b"x", 1: b"y"}, program_id=4, peers=(("ipc://0", ""), ("ipc://1", "key")))
+    lanes = (("shm", 1, "@name"),)
+    programs = worker_programs(plan(), {0: b"x", 1: b"y"}, program_id=4,
+                               peers=(("ipc://0", "", ()), ("ipc://1", "key", lanes)))
     first, second = programs[0], programs[1]
-    assert [address for _, address, _ in first.sends] == ["ipc://1", "ipc://1"]
-    assert {value for value, _, _ in first.sends} == set(second.receives)
+    assert [send[1:] for send in first.sends] == [("ipc://1", "key", lanes)] * 2
+    assert {send[0] for send in first.sends} == set(second.receives)
     assert len(first.keeps) == 1 and first.returns == ()
     assert len(second.returns) == 3, "n3, the new content of a, and the generator state"
     assert len(second.keeps) == 1, "the new content of the parameter stays too"

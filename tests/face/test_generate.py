@@ -88,3 +88,38 @@ def test_ten_turns_of_chat_send_each_turns_tokens_and_no_cache() -> None:
         assert torch.equal(*histories), f"turn {turn}"
         assert genie.get_stats()["by_reason"]["state"]["sent"] == 0
     assert any(row["why"] == "cache" for row in genie.get_stats()["resident"])
+
+
+def medium_llama() -> Any:
+    """Large enough for a handle to be small beside a row of the cache."""
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=2048, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256)).eval()
+
+
+@torch.no_grad()
+def test_bytes_per_token_are_those_of_ids_logits_and_new_rows() -> None:
+    from transformers import DynamicCache
+
+    totals = {}
+    for awareness in ("full", "weights"):
+        model = medium_llama()
+        forward = torch.compile(model.forward, backend="genie", dynamic=True, options={"awareness": awareness})
+        ids, cache, length = torch.arange(72)[None], DynamicCache(), 72
+        for step in range(12):
+            if step == 4:
+                genie.reset_stats()
+            out = forward(input_ids=ids, past_key_values=cache, position_ids=torch.arange(
+                length - ids.shape[1], length)[None], attention_mask=torch.ones(1, length, dtype=torch.long),
+                use_cache=True, logits_to_keep=1)
+            ids, length = out.logits[:, -1:].argmax(-1), length + 1
+        stats = genie.get_stats()
+        assert stats["calls"] == 8
+        totals[awareness] = (stats["bytes_sent"] + stats["bytes_received"]) / 8
+    row_bytes = 2 * 2 * 4 * 64 * 4
+    needed = 8 + 8 + 8 * length + 2048 * 4 + row_bytes
+    assert totals["full"] <= 1.2 * needed, (totals, needed)
+    assert totals["full"] <= 0.03 * totals["weights"], totals

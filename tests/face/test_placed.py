@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 import genie_dynamo as genie
-from genie_dynamo import sessions, worker_facts
-from genie_dynamo.core.errors import PlanError
+from genie_dynamo import backend, placed, sessions, worker_facts
+from genie_dynamo.core.errors import ConfigError, PlanError
+from genie_dynamo.passes.drift import CALLS, FIRST_WAIT_S, Drift
 from genie_dynamo.placed import PlacedGraph
+from genie_dynamo.runtime.client.remote_graph import RemoteGraph
 from tests.passes.test_partition import WORKERS, Towers, lane
 
 
@@ -131,3 +134,51 @@ def test_explain_puts_the_generator_back() -> None:
     before = torch.get_rng_state()
     genie.explain(model, x, y)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_min_cost_runs_on_the_cheaper_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def priced(session: Any, *, wait: bool = False) -> worker_facts.Facts:
+        facts = known(session)
+        return replace(facts, workers=tuple(replace(w, price_per_hour=price)
+                                            for w, price in zip(facts.workers, (3.0, 2.0), strict=True)))
+
+    monkeypatch.setattr(worker_facts, "facts_of", priced)
+    model, (x, y) = Towers().eval(), inputs()
+    compiled = torch.compile(model, backend="genie", options={"policy": "min_cost"})
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x, y), model(x, y), rtol=0, atol=0)
+    assert calls() == {"w0": 0, "w1": 2}
+    torch._dynamo.reset()
+    with pytest.raises(ConfigError, match="price_per_hour"), torch.no_grad():
+        monkeypatch.setattr(worker_facts, "facts_of", known)
+        torch.compile(model, backend="genie", options={"policy": "min_cost"})(x, y)
+
+
+def test_a_worker_that_is_slower_than_estimated_loses_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(placed, "Drift", lambda _: Drift(lambda: now_s[0]))
+    watched: list[PlacedGraph] = []
+    monkeypatch.setattr(backend, "observers", [watched.append])
+    model, (x, y) = Towers().eval(), inputs()
+    compiled = torch.compile(model, backend="genie")
+    times = {"w0": 1.0, "w1": 1.0}
+    monkeypatch.setattr(RemoteGraph, "measured_s", lambda self, session: times)
+    with torch.no_grad():
+        expected = model(x, y)
+        compiled(x, y)
+        assert calls() == {"w0": 1, "w1": 1}
+        (graph,) = watched
+        found = graph._found
+        assert found is not None
+        est_s = graph._drift._est_s
+        times.update(w0=est_s["w0"], w1=20 * est_s["w1"])
+        for _ in range(CALLS):
+            torch.testing.assert_close(compiled(x, y), expected, rtol=0, atol=0)
+        assert calls() == {"w0": CALLS + 1, "w1": CALLS + 1}, "too early to judge"
+        now_s[0] += 2 * FIRST_WAIT_S
+        genie.reset_stats()
+        for _ in range(3):
+            torch.testing.assert_close(compiled(x, y), expected, rtol=0, atol=0)
+    assert calls() == {"w0": 3, "w1": 0}, "all of it on the worker that keeps its word"
+    assert any("plan made anew" in event for event in genie.get_stats()["events"])

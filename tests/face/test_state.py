@@ -335,3 +335,39 @@ def test_inference_tensors_are_right_though_they_travel() -> None:
             out, k, v = run(x, k, v)
             same((out, k, v), expected)
             k.mul_(2)
+
+
+@torch.no_grad()
+def test_a_cache_moves_once_from_the_worker_that_made_it_to_the_one_that_uses_it(
+        own_session: Callable[..., Any]) -> None:
+    session = own_session(workers=2)
+    net, x, k, v = start()
+    prefill, decode = compiled_of(lambda x, k, v: net(x, k, v)), compiled_of(net)
+    _, k, v = prefill(x, k, v)
+    home = next(iter(session.residency.find(k).acked))
+    other = next(link for link in session.links if link.key != home)
+    first = next(link for link in session.links if link.key == home)
+    _, k, v = prefill(x, k, v)
+    from genie_dynamo.runtime.client.attempt import Attempts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attempts, "_near_state", lambda self, session, args: other)
+        for step in range(3):
+            genie.reset_stats()
+            expected = net(x, k, v)
+            out, k, v = decode(x, k, v)
+            same((out, k, v), expected)
+            events = genie.get_stats()["events"]
+            assert events.get("state moved between workers", 0) == (2 if step == 0 else 0)
+            assert moved()["state"] == (0, 2 * ROW_BYTES), "nothing of the cache goes through the client"
+    # The worker that has it is lost before it could send it: the local truth goes up.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attempts, "_near_state", lambda self, session, args: first)
+        other.embedded.process.kill()
+        other.embedded.process.wait()
+        genie.reset_stats()
+        expected = net(x, k, v)
+        same(decode(x, k, v), expected)
+        stats = genie.get_stats()
+        assert stats["events"].get("state moved between workers", 0) == 0
+        assert stats["by_reason"]["state"]["sent"] == k.nbytes + v.nbytes

@@ -77,7 +77,8 @@ class World:
         if kind == "crop":
             held[name] = graphs.crop(cache, x)
         elif kind == "write":
-            return graphs.write(cache, x, torch.randperm(cache.shape[0])[:ROWS])
+            at = torch.randperm(cache.shape[0])[:ROWS]
+            return graphs.write(cache, x[:at.shape[0]], at)
         elif kind == "recur":
             return graphs.recur(cache, x)
         elif kind == "halves":

@@ -75,7 +75,7 @@ def test_stats_have_the_documented_shape() -> None:
     documented = {"calls", "fragment_runs", "bytes_sent", "bytes_received", "by_reason", "seconds", "fallbacks",
                   "workers"}
     assert documented <= set(stats)
-    assert set(stats["by_reason"]) == {"weights", "inputs", "outputs", "state", "gradients", "control"}
+    assert set(stats["by_reason"]) == {"weights", "inputs", "outputs", "state", "gradients", "activations", "control"}
     assert set(stats["seconds"]) == {"dispatch", "wait", "transfer", "compute"}
     assert stats["by_reason"]["inputs"]["sent"] == stats["by_reason"]["outputs"]["received"] == 1024
     assert stats["bytes_sent"] == sum(r["sent"] for r in stats["by_reason"].values())

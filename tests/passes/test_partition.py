@@ -12,7 +12,7 @@ from functorch.compile import default_partition
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from genie_dynamo.core.errors import PlacementError
+from genie_dynamo.core.errors import ConfigError, PlacementError
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
 from genie_dynamo.core.plan import GuardFacts, verify_plan
 from genie_dynamo.passes.facts import GraphFacts, read_facts
@@ -136,3 +136,30 @@ def test_throughput_prefers_whole_calls_side_by_side_until_memory_forbids_it(tow
     assert "spread over 2 workers" in chosen.name
     small = [replace(w, memory_bytes=8 << 20) for w in WORKERS]
     assert len(place(towers, small, policy="max_throughput").workers) == 2
+
+
+def priced(*prices: float | None) -> list[WorkerFacts]:
+    """A worker that is three times as fast as the next, and so on."""
+    return [WorkerFacts(name=f"w{n}", price_per_hour=price, hardware=replace(
+        HARDWARE, matmul_flops_per_s=(("float32", 5e10 / 3 ** n),), memory_bytes_per_s=((1, 1e10 / 3 ** n),)))
+        for n, price in enumerate(prices)]
+
+
+def test_min_cost_takes_the_cheapest_worker_that_is_fast_enough() -> None:
+    graph = capture(nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)]).eval(), torch.randn(256, 512))
+    fast_s, slow_s = (place(graph, [w]).est_s for w in priced(1.0, 1.0))
+    cheap = partition(*graph, priced(9.0, 1.0), [lane()], "min_cost", Planner(time.monotonic), Limits())
+    assert cheap.workers == ("w1",) and cheap.pinned and cheap.est_s == pytest.approx(slow_s)
+    assert [a.name for a in cheap.alternatives if a.chosen] == ["w1"]
+    bound = Limits(latency_bound_s=(fast_s + slow_s) / 2)
+    in_time = partition(*graph, priced(9.0, 1.0), [lane()], "min_cost", Planner(time.monotonic), bound)
+    assert in_time.workers == ("w0",) and in_time.est_s == pytest.approx(fast_s)
+    with pytest.raises(PlacementError, match="bound"):
+        partition(*graph, priced(9.0, 1.0), [lane()], "min_cost", Planner(time.monotonic),
+                  Limits(latency_bound_s=fast_s / 100))
+
+
+def test_min_cost_without_a_price_names_the_worker() -> None:
+    graph = capture(nn.Linear(8, 8).eval(), torch.randn(4, 8))
+    with pytest.raises(ConfigError, match=r"w1 has none; say price_per_hour in cluster\.yaml"):
+        place(graph, priced(1.0, None), policy="min_cost")

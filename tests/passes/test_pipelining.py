@@ -26,9 +26,9 @@ def chain(width: int = 512, layers: int = 8) -> nn.Sequential:
 
 
 def pipeline(graph: Any, parts: int, workers: Sequence[Any] = WORKERS, policy: Any = "min_latency",
-             lanes: Any = (lane(),)) -> Partition:
-    return pipeline_partition(*graph, split_batch(*graph, parts), workers, lanes, policy, Planner(time.monotonic),
-                              Limits())
+             lanes: Any = None) -> Partition:
+    return pipeline_partition(*graph, split_batch(*graph, parts), workers, lanes or [lane()], policy,
+                              Planner(time.monotonic), Limits())
 
 
 @pytest.fixture(scope="module")

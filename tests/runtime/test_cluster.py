@@ -43,7 +43,7 @@ def test_a_full_file(tmp_path: Path) -> None:
             server_key: keys/server.key
             name: left
           - {{address: "tcp://[fe80::1]:5555", server_key: "{key.decode()}"}}
-          - ipc:///run/worker
+          - {{address: "ipc:///run/worker", price_per_hour: 2}}
         client_key: keys/client.key_secret
         options:
           timeout_s: 60
@@ -52,7 +52,7 @@ def test_a_full_file(tmp_path: Path) -> None:
     assert spec.workers == (
         WorkerAddress(address="tcp://10.0.0.1:5555", name="left", server_key=key),
         WorkerAddress(address="tcp://[fe80::1]:5555", name="w1", server_key=key),
-        WorkerAddress(address="ipc:///run/worker", name="w2"),
+        WorkerAddress(address="ipc:///run/worker", name="w2", price_per_hour=2.0),
     )
     assert spec.security == Security.for_client(tmp_path / "keys")
     assert spec.options == {"timeout_s": 60, "strict": True}
@@ -76,6 +76,8 @@ def test_a_list_of_addresses_goes_through_the_same_parser() -> None:
     ("workers:\n  - tcp://a:1\nworker: 3", "line 3, field worker: unknown field 'worker'; did you mean 'workers'?"),
     ("workers:\n  - adress: tcp://a:1",
      "line 2, field workers[0].adress: unknown field 'adress'; did you mean 'address'?"),
+    ("workers:\n  - {address: tcp://a:1, price_per_hour: -1}",
+     "line 2, field workers[0].price_per_hour: must be a number of at least 0, not -1"),
     ("workers:\n  - name: w", "line 2, field workers[0]: a worker without an address"),
     ("workers:\n  - address: 5555", "line 2, field workers[0].address: must be text, not 5555"),
     ("workers:\n  - tcp://a:1\n  - a:1", "line 3, field workers[1].address: 'a:1' is neither tcp://HOST:PORT"),

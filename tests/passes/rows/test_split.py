@@ -28,7 +28,7 @@ class Holder(nn.Module):
     def __init__(self, fn: Callable[..., Any]) -> None:
         super().__init__()
         self.fn = fn
-        self.weight = nn.Parameter(W.clone(), requires_grad=False)
+        self.w = nn.Parameter(W.clone(), requires_grad=False)
         self.table = nn.Parameter(TABLE.clone(), requires_grad=False)
         self.layers = nn.ParameterList(nn.Parameter(W.roll(k, 0), requires_grad=False) for k in range(3))
 
@@ -83,34 +83,45 @@ def x(*shape: int) -> torch.Tensor:
     return torch.randn(*(shape or (8, 16)), generator=torch.Generator().manual_seed(2))
 
 
+X, IDS = (x(),), torch.arange(24).view(8, 3) % 11
 OPS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-    "broadcast": (lambda m, a: (a @ m.weight) * torch.arange(8.0)[:, None] + torch.ones(16), (x(),)),
-    "view and permute": (lambda m, a: (a.view(8 * 3, 16) @ m.weight).view(8, 3, 4, 4).permute(2, 0, 1, 3).contiguous()
-                         .transpose(0, 1).reshape(8, 48), (x(8, 3, 16),)),
-    "rows not in front": (lambda m, a: (a @ m.weight).transpose(0, 1).softmax(-1).transpose(0, 1).flatten(1), (x(8, 3, 16),)),
-    "cat, split, stack, unbind": (lambda m, a: torch.stack(torch.cat([a @ m.weight, a], 1).split(8, 1), 1).unbind(1)[0], (x(),)),
-    "slice, select, pad, flip": (lambda m, a: F.pad((a @ m.weight)[:, 2:9].flip(1), (1, 2)).select(1, 3) + (a @ m.weight)[:8, 0], (x(),)),
-    "expand, repeat, squeeze": (lambda m, a: (a @ m.weight)[:, None].expand(8, 3, 16).repeat(1, 1, 2).unsqueeze(0).squeeze(),
-                                (x(),)),
-    "reductions": (lambda m, a: ((a @ m.weight).sum(1), (a @ m.weight).amax(1, keepdim=True), (a @ m.weight).std(1), (a @ m.weight).argmax(1)), (x(),)),
-    "over rows": (lambda m, a: ((a @ m.weight).sum(0), (a @ m.weight).mean(), (a @ m.weight).amax(0), (a @ m.weight > 2).any(), (a @ m.weight).min()), (x(),)),
-    "along": (lambda m, a: ((a @ m.weight).log_softmax(1), (a @ m.weight).cumsum(1), (a @ m.weight).topk(3).values), (x(),)),
-    "contraction over rows": (lambda m, a: (a @ m.weight).t() @ a, (x(),)),
-    "bmm": (lambda m, a: torch.bmm(a @ m.weight, (a @ m.weight).transpose(1, 2)), (x(8, 3, 16),)),
-    "embedding": (lambda m, i: F.embedding(i, m.table) @ m.weight, (torch.arange(24).view(8, 3) % 11,)),
-    "index by rows": (lambda m, i: (m.table[i] @ m.weight).index_select(1, torch.tensor([2, 0])), (torch.arange(24).view(8, 3) % 11,)),
-    "gather": (lambda m, a, i: (a @ m.weight).gather(1, i), (x(), torch.arange(24).view(8, 3) % 11)),
-    "one index among dims": (lambda m, a: (a @ m.weight)[:, [1, 4, 4]], (x(),)),
-    "attention with a mask": (lambda h, a, m: F.scaled_dot_product_attention(a, a @ h.weight, a, m),
-                              (x(8, 2, 5, 16), torch.ones(8, 1, 5, 5, dtype=torch.bool).tril())),
-    "norms": (lambda m, a: F.group_norm(F.layer_norm(a @ m.weight, (16,)), 4), (x(),)),
-    "convolution": (lambda m, a: F.avg_pool2d(F.max_pool2d(F.conv2d(a, torch.ones(4, 3, 3, 3)), 2), 2).mean((2, 3)),
-                    (x(8, 3, 20, 20),)),
-    "losses": (lambda m, a, t: (F.cross_entropy(a @ m.weight, t), F.mse_loss(a @ m.weight, a), F.cross_entropy(a @ m.weight, t, torch.arange(16.0))),
-               (x(), torch.tensor([1, -100, 3, 15, -100, -100, -100, -100]))),
-    "where rows are not, too": (lambda m, a, p: (a @ m.weight) + m.table[p], (x(8, 8, 16), torch.arange(8))),
-    "scatter": (lambda m, a, i: (a @ m.weight).scatter(1, i, a[:, :3]), (x(), torch.arange(24).view(8, 3) % 11)),
-    "a new constant": (lambda m, a: (a @ m.weight) * (a @ m.weight).new_ones(16) + torch.zeros_like(a), (x(),)),
+    "broadcast": (lambda m, a: (a @ m.w) * torch.arange(8.0)[:, None] + torch.ones(16), X),
+    "view and permute": (
+        lambda m, a: (a.view(24, 16) @ m.w).view(8, 3, 4, 4).permute(2, 0, 1, 3).contiguous().transpose(0, 1)
+        .reshape(8, 48), (x(8, 3, 16),)),
+    "rows not in front": (
+        lambda m, a: (a @ m.w).transpose(0, 1).softmax(-1).transpose(0, 1).flatten(1), (x(8, 3, 16),)),
+    "cat, split, stack, unbind": (
+        lambda m, a: torch.stack(torch.cat([a @ m.w, a], 1).split(8, 1), 1).unbind(1)[0], X),
+    "slice, select, pad, flip": (
+        lambda m, a: F.pad((a @ m.w)[:, 2:9].flip(1), (1, 2)).select(1, 3) + (a @ m.w)[:8, 0], X),
+    "expand, repeat, squeeze": (
+        lambda m, a: (a @ m.w)[:, None].expand(8, 3, 16).repeat(1, 1, 2).unsqueeze(0).squeeze(), X),
+    "reductions": (
+        lambda m, a: ((a @ m.w).sum(1), (a @ m.w).amax(1, keepdim=True), (a @ m.w).std(1), (a @ m.w).argmax(1)), X),
+    "over rows": (
+        lambda m, a: ((a @ m.w).sum(0), (a @ m.w).mean(), (a @ m.w).amax(0), (a @ m.w > 2).any(), (a @ m.w).min()), X),
+    "along": (lambda m, a: ((a @ m.w).log_softmax(1), (a @ m.w).cumsum(1), (a @ m.w).topk(3).values), X),
+    "contraction over rows": (lambda m, a: (a @ m.w).t() @ a, X),
+    "bmm": (lambda m, a: torch.bmm(a @ m.w, (a @ m.w).transpose(1, 2)), (x(8, 3, 16),)),
+    "embedding": (lambda m, i: F.embedding(i, m.table) @ m.w, (IDS,)),
+    "index by rows": (lambda m, i: (m.table[i] @ m.w).index_select(1, torch.tensor([2, 0])), (IDS,)),
+    "gather": (lambda m, a, i: (a @ m.w).gather(1, i), (*X, IDS)),
+    "one index among dims": (lambda m, a: (a @ m.w)[:, [1, 4, 4]], X),
+    "attention with a mask": (
+        lambda m, a, mask: F.scaled_dot_product_attention(a, a @ m.w, a, mask),
+        (x(8, 2, 5, 16), torch.ones(8, 1, 5, 5, dtype=torch.bool).tril())),
+    "norms": (lambda m, a: F.group_norm(F.layer_norm(a @ m.w, (16,)), 4), X),
+    "convolution": (
+        lambda m, a: F.avg_pool2d(F.max_pool2d(F.conv2d(a, torch.ones(4, 3, 3, 3)), 2), 2).mean((2, 3)),
+        (x(8, 3, 20, 20),)),
+    "losses": (
+        lambda m, a, t: (F.cross_entropy(a @ m.w, t), F.mse_loss(a @ m.w, a),
+                         F.cross_entropy(a @ m.w, t, torch.arange(16.0))),
+        (*X, torch.tensor([1, -100, 3, 15, -100, -100, -100, -100]))),
+    "what has no rows, too": (lambda m, a, p: (a @ m.w) + m.table[p], (x(8, 8, 16), torch.arange(8))),
+    "scatter": (lambda m, a, i: (a @ m.w).scatter(1, i, a[:, :3]), (*X, IDS)),
+    "a new constant": (lambda m, a: (a @ m.w) * (a @ m.w).new_ones(16) + torch.zeros_like(a), X),
 }
 
 
@@ -145,20 +156,20 @@ def test_dropout_after_heavy_work_is_refused(fresh_dynamo: None) -> None:
 def test_what_mixes_rows_before_heavy_work_runs_on_all_of_them_first(fresh_dynamo: None) -> None:
     def fn(m: Any, a: torch.Tensor) -> torch.Tensor:
         normal: torch.Tensor = (a - a.mean(0)) / a.std(0)
-        return F.relu(normal @ m.weight) @ m.weight
+        return F.relu(normal @ m.w) @ m.w
 
     split = equal(fn, x())
     assert any(part == EARLY for part in split.part.values())
 
 
 @pytest.mark.parametrize("fn, reason", [
-    (lambda m, a: (a @ m.weight).cumsum(0) @ m.weight, "along rows"),
-    (lambda m, a: (a @ m.weight).std(0) * (a @ m.weight), "cannot be put together"),
-    (lambda m, a: ((a @ m.weight) / (a @ m.weight).sum()) @ m.weight, "sum over all rows"),
-    (lambda m, a: (a @ m.weight).flip(0) @ m.weight, "moves rows"),
-    (lambda m, a: (a @ m.weight) @ (a @ m.weight).t() @ a, "multiplies rows"),
-    (lambda m, a: (a @ m.weight)[1:5] @ m.weight, "some of the rows"),
-    (lambda m, a: (a @ m.weight).view(2, 64) @ torch.ones(64, 2), "equal parts"),
+    (lambda m, a: (a @ m.w).cumsum(0) @ m.w, "along rows"),
+    (lambda m, a: (a @ m.w).std(0) * (a @ m.w), "cannot be put together"),
+    (lambda m, a: ((a @ m.w) / (a @ m.w).sum()) @ m.w, "sum over all rows"),
+    (lambda m, a: (a @ m.w).flip(0) @ m.w, "moves rows"),
+    (lambda m, a: (a @ m.w) @ (a @ m.w).t() @ a, "multiplies rows"),
+    (lambda m, a: (a @ m.w)[1:5] @ m.w, "some of the rows"),
+    (lambda m, a: (a @ m.w).view(2, 64) @ torch.ones(64, 2), "equal parts"),
 ])
 def test_dependent_rows_are_refused_with_the_reason(fn: Any, reason: str, fresh_dynamo: None) -> None:
     with pytest.raises(NotPipelined, match=reason):
@@ -195,7 +206,7 @@ def test_a_step_with_loss_and_backward_in_one_graph_runs_part_after_part(fresh_d
 
 def test_outputs_that_share_memory_still_do(fresh_dynamo: None) -> None:
     def fn(m: Any, a: torch.Tensor) -> Any:
-        out = a @ m.weight
+        out = a @ m.w
         return out, out.t(), out[:, 0]
 
     _, actual, _ = both(fn, x())
@@ -204,7 +215,7 @@ def test_outputs_that_share_memory_still_do(fresh_dynamo: None) -> None:
 
 def test_random_ops_keep_their_order(fresh_dynamo: None) -> None:
     def fn(m: Any, a: torch.Tensor) -> torch.Tensor:
-        return F.dropout(a, 0.5) @ m.weight + torch.rand(16) + F.dropout(torch.ones(8, 16), 0.3)
+        return F.dropout(a, 0.5) @ m.w + torch.rand(16) + F.dropout(torch.ones(8, 16), 0.3)
 
     gm, facts, inputs = captured(Holder(fn), x())
     split = split_batch(gm, facts, 4)
@@ -234,9 +245,9 @@ def test_parts_of_training_graphs_fit_each_other(fresh_dynamo: None) -> None:
     rows = rows_for_backward(split, facts)
     assert rows["tangents_1"] == 0
     graphs = capture(net, x())
-    backward = split_batch(graphs[1].gm, GraphFacts(kind="backward", static_inputs=(), bumped=frozenset(), num_outputs=5),
-                           4, {n.name: rows[n.name] for n in graphs[1].gm.graph.nodes
-                               if n.op == "placeholder" and n.name in rows})
+    known = {n.name: rows[n.name] for n in graphs[1].gm.graph.nodes if n.op == "placeholder" and n.name in rows}
+    backward = split_batch(
+        graphs[1].gm, GraphFacts(kind="backward", static_inputs=(), bumped=frozenset(), num_outputs=5), 4, known)
     with torch.no_grad():
         expected, actual = (g(*copies(graphs[1].inputs)) for g in (graphs[1].gm, backward.gm))
     for mine, other in zip(itertools.chain(actual), expected, strict=True):

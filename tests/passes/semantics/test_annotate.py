@@ -14,11 +14,10 @@ from bench.semantics import accuracy, samples
 from bench.semantics_optimizers import OPTIMIZERS
 from bench.semantics_samples import DECODED, all_names
 from bench.semantics_time import synthetic
-from genie_dynamo.core.semantics import Region, SemanticGraph
+from genie_dynamo.core.semantics import SemanticGraph
 from genie_dynamo.passes.semantics.annotate import Annotator
 from genie_dynamo.passes.semantics.carry import AnnotateSemantics, carry_over, mark, marked
 from genie_dynamo.passes.semantics.reading import read_graph
-from genie_dynamo.passes.semantics.view import GraphView
 from tests.models import architectures, handwritten
 from tests.models.captures import Capture, compiled_captures, recorded_capture
 
@@ -192,19 +191,6 @@ def test_what_is_unknown_is_said() -> None:
     for graph in graphs(model, inputs).values():
         assert graph.workload == "unknown"
         assert any("the workload is unknown" in warning for warning in graph.warnings)
-
-
-def test_the_classifier_is_asked_only_where_rules_are_unsure() -> None:
-    asked: list[str] = []
-
-    def classifier(view: GraphView, region: Region) -> tuple[str, float]:
-        asked.append(region.kind)
-        return "mlp", 0.9
-
-    model, inputs = handwritten.build("deep_fm")
-    (dynamo, _) = compiled_captures(model, inputs)
-    Annotator(classifier=classifier).annotate(dynamo.gm, roles=dynamo.roles)
-    assert asked == []
 
 
 def test_costs_are_summed_and_unknown_ones_are_not_guessed() -> None:

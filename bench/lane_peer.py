@@ -1,0 +1,121 @@
+"""The other end of the lanes bench: `python -m bench.lane_peer KIND ADDRESS FOLDER`; it ends when its stdin does.
+
+KIND is a native lane, or "raw" for bench/raw_socket.c. A message of one buffer comes back as it is; of one with payload
+the first byte says whether the receiver copies it ("c") or only looks at its ends; the answer is one byte.
+"""
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).parent / "raw_socket.c"
+
+
+def raw_library(folder: str) -> Any:
+    """bench/raw_socket.c, compiled. Raises: OSError, subprocess.CalledProcessError."""
+    target = Path(folder) / "raw_socket.so"
+    if not target.exists():
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", target, SOURCE], check=True)
+    library = ctypes.CDLL(str(target))
+    for name in ("send_all", "receive_all"):
+        getattr(library, name).argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+    return library
+
+
+def serve(kind: str, address: str, folder: str) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if kind == "raw":
+        _serve_raw(raw_library(folder))
+        return
+    from genie_dynamo import _native
+
+    listener = _native.listen(kind, address)
+    print(listener.address, flush=True)
+    channel = None
+    while channel is None:
+        channel = listener.accept()
+        time.sleep(0.001)
+    spin_s = float(os.environ.get("LANE_SPIN_S", "0"))
+    copy = bytearray()
+    while True:
+        came = channel.receive(3600.0, spin_s)
+        header, frames = came
+        if frames and header == b"c":
+            if len(copy) != len(frames[0]):
+                copy = bytearray(len(frames[0]))
+            memoryview(copy)[:] = memoryview(frames[0])
+        elif frames:
+            view = memoryview(frames[0])
+            header = bytes((view[0] ^ view[-1],))
+        del frames, came
+        channel.send([header])
+
+
+def _serve_raw(library: Any) -> None:
+    """Each transfer: u64 size, the bytes, one byte back."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        print(f"127.0.0.1:{listener.getsockname()[1]}", flush=True)
+        sock, _ = listener.accept()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    fd, memory = sock.fileno(), ctypes.create_string_buffer(1)
+    while True:
+        size, = struct.unpack("<Q", sock.recv(8, socket.MSG_WAITALL))
+        if size != len(memory):
+            memory = ctypes.create_string_buffer(size)
+        library.receive_all(fd, memory, size)
+        sock.sendall(b"k")
+
+
+def _exit_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+class Peer:
+    """Such a process, and this process's end of the way to it."""
+
+    def __init__(self, kind: str, spin_s: float = 0.0) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="bench-")
+        if kind == "raw":
+            self.library = raw_library(self._folder.name)
+        address = "127.0.0.1:0" if kind in ("tcp", "raw") else f"{self._folder.name}/lane"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.lane_peer", kind, address, self._folder.name], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env=os.environ | {"LANE_SPIN_S": str(spin_s)})
+        assert self._process.stdout is not None
+        where = self._process.stdout.readline().decode().strip()
+        self.spin_s = spin_s
+        if kind == "raw":
+            host, _, port = where.rpartition(":")
+            self.socket = socket.create_connection((host, int(port)))
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            from genie_dynamo import _native
+
+            self.channel = _native.connect(kind, where, 10.0)
+
+    def cpu_s(self) -> float:
+        """CPU seconds of both ends."""
+        from bench import procfs
+
+        return time.process_time() + procfs.cpu_s(self._process.pid)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._process.stdout.close()
+        self._folder.cleanup()
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:4])

@@ -1,0 +1,245 @@
+// Channels and listeners for Python. Everything that can wait lets go of the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <functional>
+#include <map>
+#include <utility>
+
+#include "bindings/bindings.h"
+#include "gpu/driver.h"
+#include "lane/channel.h"
+#include "lane/inproc.h"
+#include "lane/shm.h"
+#include "lane/tcp.h"
+
+namespace py = pybind11;
+
+namespace genie {
+namespace {
+
+[[nodiscard]] Deadline deadline_in(double seconds) {
+  if (std::isinf(seconds)) return kNoDeadline;
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+}
+
+[[nodiscard]] const char* name_of(Posted posted) {
+  switch (posted) {
+    case Posted::kAccepted: return "accepted";
+    case Posted::kBusy: return "its queue is full";
+    case Posted::kRefused: return "the transfer is beyond its limits";
+    case Posted::kClosed: return "it is closed";
+  }
+  return "unknown";
+}
+
+[[noreturn]] void raise_closed(const Channel& channel) {
+  throw LaneError(std::string("the ") + std::string(channel.capabilities().name) + " lane is closed (" +
+                  genie::name_of(channel.close_end()) + "): " + channel.close_reason());
+}
+
+py::object to_python(Message&& message, bool whole) {
+  py::list frames;
+  for (std::size_t i = whole ? 0 : 1; i < message.buffers.size(); ++i) frames.append(py::cast(std::move(message.buffers[i])));
+  if (whole) return py::make_tuple(message.id, message.epoch, std::move(frames));
+  if (message.buffers.empty()) return py::make_tuple(py::bytes(), std::move(frames));
+  const Buffer& head = message.buffers.front();
+  return py::make_tuple(py::bytes(reinterpret_cast<const char*>(head.data), head.size_bytes), std::move(frames));
+}
+
+py::object receive(Channel& self, double timeout_s, double spin_s, bool whole) {
+  Message message;
+  Channel::Got got = Channel::Got::kNothing;
+  {
+    const py::gil_scoped_release release;
+    got = self.receive(message, deadline_in(timeout_s),
+                       std::chrono::microseconds(static_cast<std::int64_t>(spin_s * 1e6)));
+  }
+  HeldBuffers::sweep();
+  if (got == Channel::Got::kClosed) raise_closed(self);
+  return got == Channel::Got::kNothing ? py::none() : to_python(std::move(message), whole);
+}
+
+py::dict to_dict(const Statistics& facts) {
+  py::dict row;
+  row["posted"] = facts.posted;
+  row["ended_ok"] = facts.ended_ok;
+  row["ended_badly"] = facts.ended_badly;
+  row["arrived"] = facts.arrived;
+  row["bytes_sent"] = facts.bytes_sent;
+  row["bytes_arrived"] = facts.bytes_arrived;
+  row["bytes_copied_out"] = facts.bytes_copied_out;
+  row["bytes_copied_in"] = facts.bytes_copied_in;
+  row["bytes_shared"] = facts.bytes_shared;
+  row["bytes_open"] = facts.bytes_open;
+  row["wakeups"] = facts.wakeups;
+  return row;
+}
+
+class PyListener {
+ public:
+  explicit PyListener(std::unique_ptr<Listener> listener) : listener_(std::move(listener)) {}
+
+  [[nodiscard]] Listener& get() const {
+    if (listener_ == nullptr) throw LaneError("the listener is closed");
+    return *listener_;
+  }
+  void close() { listener_.reset(); }
+
+ private:
+  std::unique_ptr<Listener> listener_;
+};
+
+template <typename T>
+std::unique_ptr<T> unwrap(const py::capsule& capsule, const char* name) {
+  if (capsule.name() == nullptr || std::string_view(capsule.name()) != name) throw LaneError("not a capsule of ours");
+  auto* made = static_cast<std::unique_ptr<T>*>(capsule.get_pointer());
+  if (*made == nullptr) throw LaneError("what was in this capsule has been taken");
+  return std::move(*made);
+}
+
+ShmOptions shm_options(std::size_t limit_bytes) {
+  ShmOptions options;
+  if (limit_bytes != 0) options.pool.limit_bytes = limit_bytes;
+  return options;
+}
+
+}  // namespace
+
+void bind_lanes(py::module_& module) {
+  py::class_<Channel, std::shared_ptr<Channel>>(module, "Channel", "One end of a lane: see native/lane/channel.h.")
+      .def(
+          "send",
+          [](Channel& self, const py::sequence& parts, double timeout_s, std::uint64_t epoch, bool digest,
+             int priority, double deadline_s, bool watch) {
+            HeldBuffers::sweep();
+            std::vector<Slice> slices = HeldBuffers::hold(parts);
+            Posted posted = Posted::kAccepted;
+            std::uint64_t id = 0;
+            {
+              const py::gil_scoped_release release;
+              const SendOptions options{epoch, digest, static_cast<Priority>(std::clamp(priority, 0, 2)),
+                                        deadline_in(deadline_s), watch};
+              id = self.send(slices, options, deadline_in(timeout_s), posted);
+              slices.clear();
+            }
+            HeldBuffers::sweep();
+            if (posted == Posted::kClosed) raise_closed(self);
+            if (posted == Posted::kRefused) {
+              throw LaneError(std::string("the ") + std::string(self.capabilities().name) + " lane took nothing: " +
+                              name_of(posted));
+            }
+            return id;
+          },
+          py::arg("parts"), py::arg("timeout_s") = 30.0, py::arg("epoch") = 0, py::arg("digest") = false,
+          py::arg("priority") = 1, py::arg("deadline_s") = std::numeric_limits<double>::infinity(),
+          py::arg("watch") = false,
+          "Post buffers as one message; they must not change until it has ended. Returns its id, or 0 where there was no "
+          "room in the queue in time. Raises: LaneError.")
+      .def("receive", [](Channel& self, double timeout_s, double spin_s) { return receive(self, timeout_s, spin_s, false); },
+           py::arg("timeout_s"), py::arg("spin_s") = 0.0,
+           "(first buffer as bytes, [Memory, ...]), or None in vain. Raises: LaneError once the lane is closed.")
+      .def("receive_whole", [](Channel& self, double timeout_s) { return receive(self, timeout_s, 0.0, true); },
+           py::arg("timeout_s"), "(id, epoch, [Memory, ...]), or None. Raises: LaneError.")
+      .def(
+          "try_receive",
+          [](Channel& self) -> py::object {
+            HeldBuffers::sweep();
+            Message message;
+            Channel::Got got = Channel::Got::kNothing;
+            {
+              const py::gil_scoped_release release;
+              got = self.try_receive(message);
+            }
+            if (got == Channel::Got::kClosed) raise_closed(self);
+            return got == Channel::Got::kNothing ? py::none() : to_python(std::move(message), false);
+          },
+          "As receive, without waiting.")
+      .def(
+          "wait_ended",
+          [](Channel& self, std::uint64_t id, double timeout_s) {
+            End end = End::kPending;
+            {
+              const py::gil_scoped_release release;
+              end = self.wait_ended(id, deadline_in(timeout_s));
+            }
+            HeldBuffers::sweep();
+            return genie::name_of(end);
+          },
+          py::arg("id"), py::arg("timeout_s"), "How a watched transfer ended, said once; PENDING where it has not.")
+      .def("cancel", &Channel::cancel, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "quiesce", [](Channel& self, double timeout_s) { return self.quiesce(deadline_in(timeout_s)); },
+          py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>(), "Whether all that was sent has ended.")
+      .def("arm", &Channel::arm, py::call_guard<py::gil_scoped_release>(),
+           "Before sleeping on fileno(): False where something is there already.")
+      .def("fileno", &Channel::fd)
+      .def(
+          "allocate",
+          [](Channel& self, std::size_t size_bytes) -> py::object {
+            Buffer buffer = self.allocate(size_bytes);
+            return buffer.data == nullptr ? py::object(py::none()) : py::cast(std::move(buffer));
+          },
+          "Memory that this lane sends from without a copy; None where there is none now.")
+      .def("close", &Channel::close, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("closed", &Channel::closed)
+      .def_property_readonly("close_reason", &Channel::close_reason)
+      .def_property_readonly("close_end", [](const Channel& self) { return genie::name_of(self.close_end()); })
+      .def_property_readonly("name", [](const Channel& self) { return std::string(self.capabilities().name); })
+      .def_property_readonly("off_host", [](const Channel& self) { return self.capabilities().off_host; })
+      .def("statistics", [](const Channel& self) { return to_dict(self.statistics()); });
+
+  py::class_<PyListener>(module, "Listener")
+      .def("accept",
+           [](const PyListener& self) -> py::object {
+             auto lane = self.get().accept();
+             if (lane == nullptr) return py::none();
+             return py::cast(std::make_shared<Channel>(std::move(lane)));
+           },
+           "The next Channel, or None. Raises: LaneError for an end that was refused.")
+      .def("fileno", [](const PyListener& self) { return self.get().wait_fd(); })
+      .def_property_readonly("address", [](const PyListener& self) { return self.get().address(); })
+      .def("close", &PyListener::close);
+
+  module.def("probe", [] {
+    std::map<std::string, std::pair<bool, std::string>> found;
+    for (const auto& [name, probe] :
+         {std::pair{"shm", probe_shm()}, std::pair{"tcp", probe_tcp()}, std::pair{"cuda_staging", gpu::probe_staging()},
+          std::pair{"gpudirect", gpu::probe_gpudirect()}}) {
+      found[name] = {probe.usable, probe.reason};
+    }
+    return found;
+  }, "{name: (usable, reason)} of the lanes in this module.");
+  module.def(
+      "listen",
+      [](const std::string& kind, const std::string& address, std::size_t limit_bytes) {
+        if (kind == "shm") return std::make_unique<PyListener>(listen_shm(address, shm_options(limit_bytes)));
+        if (kind == "tcp") return std::make_unique<PyListener>(listen_tcp(address));
+        throw LaneError("no lane is named " + kind);
+      },
+      py::arg("kind"), py::arg("address"), py::arg("limit_bytes") = 0);
+  module.def(
+      "connect",
+      [](const std::string& kind, const std::string& address, double timeout_s, std::size_t limit_bytes) {
+        const std::chrono::milliseconds timeout(static_cast<std::int64_t>(timeout_s * 1e3));
+        const py::gil_scoped_release release;
+        if (kind == "shm") return std::make_shared<Channel>(connect_shm(address, timeout, shm_options(limit_bytes)));
+        if (kind == "tcp") return std::make_shared<Channel>(connect_tcp(address, timeout));
+        throw LaneError("no lane is named " + kind);
+      },
+      py::arg("kind"), py::arg("address"), py::arg("timeout_s"), py::arg("limit_bytes") = 0);
+  // Lanes of other modules (genie_dynamo._dpdk) come in capsules, which are empty from then on.
+  module.def("adopt_lane", [](const py::capsule& capsule) {
+    return std::make_shared<Channel>(unwrap<Lane>(capsule, "genie.Lane"));
+  }, py::arg("capsule"));
+  module.def("adopt_listener", [](const py::capsule& capsule) {
+    return std::make_unique<PyListener>(unwrap<Listener>(capsule, "genie.Listener"));
+  }, py::arg("capsule"));
+  module.def("inproc", [] {
+    auto [left, right] = make_inproc();
+    return py::make_tuple(std::make_shared<Channel>(std::move(left)), std::make_shared<Channel>(std::move(right)));
+  }, "Both ends of an inproc lane.");
+}
+
+}  // namespace genie

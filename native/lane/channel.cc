@@ -1,0 +1,247 @@
+#include "lane/channel.h"
+
+#include <poll.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "lane/progress.h"
+#include "lane/unix_socket.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace genie {
+namespace {
+
+void breathe() noexcept {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+}  // namespace
+
+Channel::Channel(std::unique_ptr<Lane> lane)
+    : lane_(std::move(lane)),
+      bell_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
+  for (const int fd : {bell_.get(), lane_->wait_fd()}) {
+    epoll_event event{};
+    event.events = EPOLLIN;
+    event.data.fd = fd;
+    if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) throw LaneError(error_text("watching a lane"));
+  }
+}
+
+Channel::~Channel() { lane_->close(); }
+
+void Channel::on_arrived(std::uint64_t id, std::uint64_t epoch, std::vector<Buffer> buffers) {
+  inbox_.push_back({id, epoch, std::move(buffers)});
+}
+
+void Channel::on_ended(std::uint64_t id, End end) {
+  if (const auto at = watched_.find(id); at != watched_.end()) at->second = end;
+}
+
+void Channel::on_closed(End why, std::string_view reason) {
+  closed_ = true;
+  why_ = why;
+  reason_ = reason;
+}
+
+std::uint64_t Channel::send(std::span<const Slice> slices, const SendOptions& options, Deadline until,
+                            Posted& posted) {
+  Lock lock(lock_);
+  const std::uint64_t id = next_id_++;
+  if (options.watch) watched_[id] = End::kPending;
+  const Transfer transfer{id, slices, options.epoch, options.digest, options.priority, options.deadline};
+  const auto tried = [&] {
+    posted = lane_->post(transfer);
+    return posted != Posted::kBusy;
+  };
+  if (!tried()) wait(lock, tried, until, std::chrono::microseconds(0), true);
+  if (posted != Posted::kAccepted) watched_.erase(id);
+  if (asleep_ && lane_->in_progress()) lane_->wake();   // who sleeps has not been told of the queue
+  leave(lock);
+  return posted == Posted::kAccepted ? id : 0;
+}
+
+bool Channel::pop(Message& message) {
+  if (inbox_.empty()) return false;
+  message = std::move(inbox_.front());
+  inbox_.pop_front();
+  return true;
+}
+
+Channel::Got Channel::receive(Message& message, Deadline until, std::chrono::microseconds spin) {
+  Lock lock(lock_);
+  wait(lock, [this] { return !inbox_.empty() || closed_; }, until, spin, false);
+  const bool got = pop(message);
+  leave(lock);
+  return got ? Got::kMessage : closed_ ? Got::kClosed : Got::kNothing;
+}
+
+Channel::Got Channel::try_receive(Message& message) {
+  Lock lock(lock_);
+  if (bell_rung_) {
+    std::uint64_t rings = 0;
+    [[maybe_unused]] const ssize_t got = ::read(bell_.get(), &rings, sizeof rings);
+    bell_rung_ = false;
+  }
+  if (inbox_.empty() && !polling_) poll_lane();
+  const bool got = pop(message);
+  leave(lock);
+  return got ? Got::kMessage : closed_ ? Got::kClosed : Got::kNothing;
+}
+
+End Channel::wait_ended(std::uint64_t id, Deadline until) {
+  Lock lock(lock_);
+  const auto at = watched_.find(id);
+  if (at == watched_.end()) return End::kLocal;
+  wait(lock, [&] { return watched_.at(id) != End::kPending; }, until, std::chrono::microseconds(0), true);
+  const End end = watched_.at(id);
+  if (end != End::kPending) watched_.erase(id);
+  leave(lock);
+  return end;
+}
+
+bool Channel::cancel(std::uint64_t id) {
+  Lock lock(lock_);
+  const bool found = lane_->cancel(id);
+  if (!polling_) poll_lane();
+  changed_.notify_all();
+  return found;
+}
+
+bool Channel::quiesce(Deadline until) {
+  Lock lock(lock_);
+  return wait(lock, [this] { return lane_->quiet() || closed_; }, until, std::chrono::microseconds(0), true);
+}
+
+void Channel::close() {
+  const Lock lock(lock_);
+  lane_->close();
+  if (!polling_) poll_lane();   // else who polls will be told
+  changed_.notify_all();
+}
+
+bool Channel::arm() {
+  const Lock lock(lock_);
+  return inbox_.empty() && !closed_ && (polling_ || lane_->arm(false));
+}
+
+Buffer Channel::allocate(std::size_t size_bytes) {
+  const Lock lock(lock_);
+  return lane_->allocate(size_bytes);
+}
+
+Statistics Channel::statistics() const {
+  const Lock lock(lock_);
+  return lane_->statistics();
+}
+
+bool Channel::closed() const {
+  const Lock lock(lock_);
+  return closed_;
+}
+
+std::string Channel::close_reason() const {
+  const Lock lock(lock_);
+  return reason_;
+}
+
+End Channel::close_end() const {
+  const Lock lock(lock_);
+  return why_;
+}
+
+bool Channel::assist() {
+  Lock lock(lock_);
+  if (!polling_) {
+    const std::size_t before = inbox_.size();
+    poll_lane();
+    if (inbox_.size() > before || closed_) {
+      const std::uint64_t one = 1;
+      [[maybe_unused]] const ssize_t written = ::write(bell_.get(), &one, sizeof one);
+      bell_rung_ = true;
+      changed_.notify_all();
+    }
+  }
+  assisted_ = !closed_ && lane_->in_progress();
+  // Its descriptor must become readable again for what is left.
+  if (assisted_ && !polling_ && !lane_->arm(true)) lane_->wake();
+  return assisted_;
+}
+
+// Before a thread turns to something else: what it leaves half done is looked after.
+void Channel::leave(Lock& lock) {
+  if (assisted_ || closed_ || polling_ || !lane_->in_progress()) return;
+  assisted_ = true;
+  if (!lane_->arm(true)) lane_->wake();
+  lock.unlock();
+  ::genie::assist(shared_from_this());
+  lock.lock();
+}
+
+void Channel::sleep(Lock& lock, Deadline until) {
+  timespec* limit = nullptr;
+  timespec left{};
+  until = std::min(until, lane_->next_timer());
+  if (until != kNoDeadline) {
+    const auto nanoseconds = std::max<std::int64_t>(
+        0, std::chrono::duration_cast<std::chrono::nanoseconds>(until - Clock::now()).count());
+    left.tv_sec = static_cast<time_t>(nanoseconds / 1'000'000'000);
+    left.tv_nsec = static_cast<long>(nanoseconds % 1'000'000'000);
+    limit = &left;
+  }
+  pollfd waiting{lane_->wait_fd(), POLLIN, 0};
+  asleep_ = true;
+  lock.unlock();
+  ::ppoll(&waiting, 1, limit, nullptr);
+  lock.lock();
+  asleep_ = false;
+}
+
+template <typename Ready>
+bool Channel::wait(Lock& lock, Ready ready, Deadline until, std::chrono::microseconds spin, bool for_ends) {
+  Deadline spin_until = spin.count() > 0 ? Clock::now() + spin : Deadline::min();
+  for (;;) {
+    if (ready()) return true;
+    if (closed_) return false;
+    if (polling_) {
+      ++num_waiting_;
+      if (for_ends && asleep_) lane_->wake();   // it has not asked to be told of ends
+      if (until == kNoDeadline) {
+        changed_.wait(lock);
+      } else if (changed_.wait_until(lock, until) == std::cv_status::timeout) {
+        --num_waiting_;
+        return ready();
+      }
+      --num_waiting_;
+      continue;
+    }
+    polling_ = true;
+    if (poll_lane() == 0) {
+      if (Clock::now() < spin_until) {
+        for (int i = 0; i < 64; ++i) breathe();
+      } else if (Clock::now() >= until) {
+        polling_ = false;
+        if (num_waiting_ > 0) changed_.notify_all();
+        return ready();
+      } else if (lane_->arm(for_ends || num_waiting_ > 0)) {
+        sleep(lock, until);
+        poll_lane();
+      }
+    }
+    polling_ = false;
+    if (num_waiting_ > 0) changed_.notify_all();
+  }
+}
+
+}  // namespace genie

@@ -1,0 +1,109 @@
+// A lane that several threads may use: the lock, the waiting, and what has arrived.
+//
+// Whoever waits moves the lane on himself, so that a small message wakes one thread and not two; a second one who waits
+// meanwhile sleeps until the first has something for him. Where a large transfer is left half done because its thread
+// has gone on to something else, the process's one progress thread takes over (lane/progress.h).
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "lane/lane.h"
+#include "memory/segment.h"
+
+namespace genie {
+
+struct Message {
+  std::uint64_t id = 0;
+  std::uint64_t epoch = 0;
+  std::vector<Buffer> buffers;
+};
+
+struct SendOptions {
+  std::uint64_t epoch = 0;
+  bool digest = false;
+  Priority priority = Priority::kNormal;
+  Deadline deadline = kNoDeadline;
+  bool watch = false;                  // its end will be asked for
+};
+
+class Channel final : public std::enable_shared_from_this<Channel>, private Sink {
+ public:
+  enum class Got : std::uint8_t { kMessage, kNothing, kClosed };
+
+  explicit Channel(std::unique_ptr<Lane> lane);
+  ~Channel() override;
+  Channel(const Channel&) = delete;
+  Channel& operator=(const Channel&) = delete;
+
+  // Posts, and waits for room in the queue if there is none until `until`. The id, or 0: then `posted` says why.
+  [[nodiscard]] std::uint64_t send(std::span<const Slice> slices, const SendOptions& options, Deadline until,
+                                   Posted& posted);
+
+  // The next message; what has arrived before the lane closed is still handed out.
+  [[nodiscard]] Got receive(Message& message, Deadline until, std::chrono::microseconds spin);
+  [[nodiscard]] Got try_receive(Message& message);
+
+  // How a watched transfer ended; kPending where it has not, in time. The end is told once.
+  [[nodiscard]] End wait_ended(std::uint64_t id, Deadline until);
+  [[nodiscard]] bool cancel(std::uint64_t id);
+  // Whether everything that was sent has ended, in time.
+  [[nodiscard]] bool quiesce(Deadline until);
+  void close();
+
+  // For who has an event loop of his own: sleep on fd() only after arm() has said true, and then try_receive().
+  [[nodiscard]] bool arm();
+  [[nodiscard]] int fd() const noexcept { return epoll_.get(); }
+
+  [[nodiscard]] Buffer allocate(std::size_t size_bytes);
+  [[nodiscard]] Statistics statistics() const;
+  [[nodiscard]] const Capabilities& capabilities() const noexcept { return lane_->capabilities(); }
+  [[nodiscard]] bool closed() const;
+  [[nodiscard]] std::string close_reason() const;
+  [[nodiscard]] End close_end() const;
+
+  // Called by the progress thread. True while it should go on.
+  bool assist();
+  [[nodiscard]] int lane_fd() const noexcept { return lane_->wait_fd(); }
+
+ private:
+  using Lock = std::unique_lock<std::mutex>;
+
+  void on_arrived(std::uint64_t id, std::uint64_t epoch, std::vector<Buffer> buffers) override;
+  void on_ended(std::uint64_t id, End end) override;
+  void on_closed(End why, std::string_view reason) override;
+
+  std::size_t poll_lane() { return lane_->poll(*this); }
+  template <typename Ready>
+  bool wait(Lock& lock, Ready ready, Deadline until, std::chrono::microseconds spin, bool for_ends);
+  void sleep(Lock& lock, Deadline until);
+  [[nodiscard]] bool pop(Message& message);
+  void leave(Lock& lock);
+
+  const std::unique_ptr<Lane> lane_;
+  mutable std::mutex lock_;
+  std::condition_variable changed_;
+  bool polling_ = false;
+  bool asleep_ = false;
+  bool assisted_ = false;
+  std::size_t num_waiting_ = 0;
+  std::deque<Message> inbox_;
+  std::unordered_map<std::uint64_t, End> watched_;
+  std::uint64_t next_id_ = 1;
+  bool closed_ = false;
+  End why_ = End::kPending;
+  std::string reason_;
+  Fd bell_;                            // rings when the progress thread has put something into the inbox
+  bool bell_rung_ = false;
+  Fd epoll_;                           // over the bell and the lane's descriptor
+};
+
+}  // namespace genie

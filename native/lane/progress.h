@@ -1,0 +1,13 @@
+// The one thread of a process that moves transfers on whose own threads are busy elsewhere.
+#pragma once
+
+#include <memory>
+
+#include "lane/channel.h"
+
+namespace genie {
+
+// Look after this channel until nothing of it is half done. Starts the thread when it is first needed. In any thread.
+void assist(const std::shared_ptr<Channel>& channel);
+
+}  // namespace genie

@@ -1,0 +1,190 @@
+// What every lane promises (lane/lane.h), over each of them.
+#include <atomic>
+#include <cstring>
+#include <thread>
+
+#include "tests/lanes.h"
+
+namespace genie::test {
+namespace {
+
+template <typename Check>
+void over_each(Check check) {
+  for (const Kind& kind : kinds()) {
+    CAPTURE(kind.name);
+    auto [left, right] = kind.make();
+    check(*left, *right);
+  }
+}
+
+TEST_CASE("slices arrive as they were sent, in one piece and in order, of every size") {
+  over_each([](Channel& left, Channel& right) {
+    const std::vector<std::size_t> sizes{0, 1, 7, 4096, 16384, 16385, 65536, 65537, 1'000'003, 5'000'000};
+    for (const bool digest : {false, true}) {
+      std::vector<Slice> slices;
+      std::vector<std::shared_ptr<std::vector<std::byte>>> sent;
+      for (std::size_t i = 0; i < sizes.size(); ++i) {
+        sent.push_back(std::make_shared<std::vector<std::byte>>(pattern(sizes[i], static_cast<unsigned>(i))));
+        slices.push_back(slice_of(sent.back()));
+      }
+      SendOptions options;
+      options.digest = digest;
+      options.epoch = 7;
+      std::thread sender([&] { CHECK(send(left, slices, options) != 0); });
+      const Message message = receive(right);
+      sender.join();
+      CHECK(message.epoch == 7);
+      REQUIRE(message.buffers.size() == sizes.size());
+      for (std::size_t i = 0; i < sizes.size(); ++i) {
+        REQUIRE(message.buffers[i].size_bytes == sizes[i]);
+        CHECK((sizes[i] == 0 || std::memcmp(message.buffers[i].data, sent[i]->data(), sizes[i]) == 0));
+      }
+    }
+  });
+}
+
+TEST_CASE("many messages in both directions, from two threads") {
+  over_each([](Channel& left, Channel& right) {
+    constexpr int kCount = 2000;
+    const auto run = [](Channel& channel, unsigned seed) {
+      int received = 0;
+      for (int i = 0; i < kCount; ++i) {
+        const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(static_cast<std::size_t>(i) * 13 % 70000, seed));
+        if (send(channel, {slice_of(bytes)}) == 0) return received;
+        Message message;
+        while (channel.try_receive(message) == Channel::Got::kMessage) ++received;
+      }
+      while (received < kCount) {
+        Message message;
+        if (channel.receive(message, in(std::chrono::seconds(10)), std::chrono::microseconds(5)) !=
+            Channel::Got::kMessage) {
+          break;
+        }
+        ++received;
+      }
+      return received;
+    };
+    std::atomic<int> at_right{0};
+    std::thread other([&] { at_right = run(right, 2); });
+    const int at_left = run(left, 1);
+    other.join();
+    CHECK(at_left == kCount);
+    CHECK(at_right == kCount);
+  });
+}
+
+TEST_CASE("a watched transfer ends in OK once the peer has it, and the sender's memory is let go") {
+  over_each([](Channel& left, Channel& right) {
+    auto bytes = std::make_shared<std::vector<std::byte>>(pattern(3'000'000, 1));
+    const std::weak_ptr<std::vector<std::byte>> watcher = bytes;
+    SendOptions options;
+    options.watch = true;
+    std::uint64_t id = 0;
+    {
+      const std::vector<Slice> slices{slice_of(std::move(bytes))};
+      id = send(left, slices, options);
+    }
+    REQUIRE(id != 0);
+    std::thread reader([&] {
+      receive(right);
+      Message none;   // acknowledgements go before an end sleeps
+      CHECK(right.receive(none, in(std::chrono::milliseconds(50)), std::chrono::microseconds(0)) == Channel::Got::kNothing);
+    });
+    CHECK(left.wait_ended(id, in(std::chrono::seconds(10))) == End::kOk);
+    reader.join();
+    CHECK(left.quiesce(in(std::chrono::seconds(5))));
+    CHECK(watcher.expired());
+  });
+}
+
+TEST_CASE("a transfer that nobody takes ends in TIMEOUT") {
+  over_each([](Channel& left, Channel& right) {
+    SendOptions options;
+    options.watch = true;
+    options.deadline = in(std::chrono::milliseconds(30));
+    const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(100, 1));
+    const std::uint64_t id = send(left, {slice_of(bytes)}, options);
+    CHECK(left.wait_ended(id, in(std::chrono::seconds(5))) == End::kTimeout);
+    CHECK_FALSE(right.closed());
+  });
+}
+
+TEST_CASE("cancel ends a transfer in CANCELLED, once") {
+  over_each([](Channel& left, Channel& right) {
+    SendOptions options;
+    options.watch = true;
+    const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(100, 1));
+    const std::uint64_t id = send(left, {slice_of(bytes)}, options);
+    CHECK(left.cancel(id));
+    CHECK_FALSE(left.cancel(id));
+    CHECK(left.wait_ended(id, in(std::chrono::seconds(5))) == End::kCancelled);
+    CHECK_FALSE(right.closed());
+  });
+}
+
+TEST_CASE("closing ends open transfers, and the peer reads what was there and then sees PEER_LOST") {
+  over_each([](Channel& left, Channel& right) {
+    const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(1000, 3));
+    SendOptions options;
+    options.watch = true;
+    const std::uint64_t back = send(right, {slice_of(bytes)}, options);
+    REQUIRE(send(left, {slice_of(bytes)}) != 0);
+    receive(right);
+    left.close();
+    CHECK(left.close_end() == End::kCancelled);
+    Message message;
+    CHECK(right.receive(message, in(std::chrono::seconds(5)), std::chrono::microseconds(0)) == Channel::Got::kClosed);
+    CHECK(right.close_end() == End::kPeerLost);
+    const End end = right.wait_ended(back, in(std::chrono::seconds(5)));
+    CHECK((end == End::kPeerLost || end == End::kOk));
+    Posted posted = Posted::kAccepted;
+    const std::vector<Slice> more{slice_of(bytes)};
+    CHECK(left.send(more, {}, Clock::now(), posted) == 0);
+    CHECK(posted == Posted::kClosed);
+  });
+}
+
+TEST_CASE("what arrived lives on after both ends are closed") {
+  over_each([](Channel& left, Channel& right) {
+    const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(200'000, 9));
+    std::thread sender([&] { send(left, {slice_of(bytes)}); });
+    const Message message = receive(right);
+    sender.join();
+    left.close();
+    right.close();
+    CHECK(std::memcmp(message.buffers[0].data, bytes->data(), bytes->size()) == 0);
+  });
+}
+
+TEST_CASE("an urgent message overtakes bulk that waits, whole messages at a time") {
+  // Of lanes with a queue of their own; inproc and shm hand over at once while there is room.
+  auto [left, right] = tcp_ends();
+  const auto bulk = std::make_shared<std::vector<std::byte>>(pattern(64 << 20, 1));
+  const auto small = std::make_shared<std::vector<std::byte>>(pattern(10, 2));
+  SendOptions options;
+  options.priority = Priority::kBulk;
+  for (int i = 0; i < 3; ++i) REQUIRE(send(*left, {slice_of(bulk)}, options) != 0);
+  options.priority = Priority::kUrgent;
+  REQUIRE(send(*left, {slice_of(small)}, options) != 0);
+  std::vector<std::size_t> sizes;
+  std::thread mover([&, channel = left] { CHECK(channel->quiesce(in(std::chrono::seconds(20)))); });
+  for (int i = 0; i < 4; ++i) sizes.push_back(receive(*right).buffers[0].size_bytes);
+  Message none;
+  CHECK(right->receive(none, in(std::chrono::milliseconds(20)), std::chrono::microseconds(0)) == Channel::Got::kNothing);
+  mover.join();
+  CHECK(sizes[1] == 10);
+}
+
+TEST_CASE("statistics count logical bytes once at each end") {
+  over_each([](Channel& left, Channel& right) {
+    const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(300'000, 1));
+    std::thread sender([&] { send(left, {slice_of(bytes), slice_of(bytes)}); });
+    receive(right);
+    sender.join();
+    CHECK(left.statistics().bytes_sent == 600'000);
+    CHECK(right.statistics().bytes_arrived == 600'000);
+  });
+}
+
+}  // namespace
+}  // namespace genie::test

@@ -1,0 +1,1 @@
+"""A small network for what the rules are unsure of."""

@@ -1,0 +1,225 @@
+"""Runs of a bound program on values that live on its worker: handles in, handles out, and only what is read comes down.
+
+The client names the values that a run leaves before the run has happened, so that a run can be handed over without
+waiting for the one before it.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from genie_dynamo.core import messages as m
+from genie_dynamo.core.errors import GenieError, ProtocolError, StaleHandleError, WorkerLostError
+from genie_dynamo.core.tensors import view_of
+from genie_dynamo.core.wire import pack
+from genie_dynamo.runtime.client.binding import RNG_ARGUMENT, BoundProgram
+from genie_dynamo.runtime.client.connection import Connection, to_error
+from genie_dynamo.runtime.client.session import Session
+from genie_dynamo.runtime.client.uploads import payload_bytes
+from genie_dynamo.runtime.client.workers import WorkerLink
+from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
+from genie_dynamo.runtime.telemetry import Share
+
+CPU = torch.device("cpu")
+
+CHUNK_BYTES = 32 << 20
+"""Uploads wait for the worker after this much, so that neither side's queues grow."""
+
+_lane = ZmqFrames()
+_EPOCH = 0
+
+
+class Resident:
+    """A value on a worker, by handle (incarnation, id, epoch 0). It is freed there when this object dies."""
+
+    __slots__ = ("form", "link", "session", "size_bytes", "tensor_id", "underway")
+
+    def __init__(self, session: Session, link: WorkerLink, size_bytes: int) -> None:
+        self.session, self.link = session, link
+        self.tensor_id = session.next_id()
+        self.size_bytes = size_bytes
+        self.underway = True            # no run that used it has been answered yet
+        self.form: Any = None           # (dtype code, shape, stride), as the worker tells it
+        usage = _usage(link)
+        usage[0] += size_bytes
+        usage[1] = max(usage)
+
+    def __del__(self) -> None:
+        _usage(self.link)[0] -= self.size_bytes
+        self.link.frees.append((self.tensor_id, _EPOCH))
+
+    def check(self, session: Session, link: WorkerLink) -> None:
+        """Raises: WorkerLostError, StaleHandleError where the value can no longer be had."""
+        if self.link is link:
+            return
+        if self.session is not session:
+            raise StaleHandleError(
+                "a tensor of remote_accelerator belongs to a session that was closed, and its value with it; make it "
+                "again in this session (model.to, load_state_dict), or save what must last with torch.save")
+        raise WorkerLostError(
+            f"worker {self.link.name} was lost ({self.link.lost or 'replaced'}), and with it the tensors of "
+            "remote_accelerator that lived there; move the model and load its last checkpoint again",
+            worker=self.link.name)
+
+
+_used: dict[str, list[int]] = {}
+
+
+def _usage(link: WorkerLink) -> list[int]:
+    return _used.setdefault(link.key, [0, 0])
+
+
+def resident_bytes(link: WorkerLink) -> tuple[int, int]:
+    """Bytes of the values that live on the worker now, and the most that ever did."""
+    now, peak = _usage(link)
+    return now, peak
+
+
+def reset_peak(link: WorkerLink) -> None:
+    """Count the peak from here on."""
+    usage = _usage(link)
+    usage[1] = usage[0]
+
+
+class Answer(NamedTuple):
+    """What a run brought: the values that were asked for, and the forms of those that stayed."""
+
+    values: list[Any]
+    forms: tuple[Any, ...]
+
+
+class Uploader:
+    """Sends contents to one worker without waiting for each."""
+
+    def __init__(self) -> None:
+        self._unanswered = 0
+
+    def put(self, session: Session, link: WorkerLink, tensor: torch.Tensor, timeout_s: float) -> Resident:
+        """Send a CPU tensor that nobody will change. Raises: WorkerError."""
+        resident = Resident(session, link, tensor.numel() * tensor.element_size())
+        with link.connection() as connection:
+            frames: list[Any] = []
+            wire = _lane.stage(tensor, frames)
+            header = connection.send(m.Put(resident.tensor_id, _EPOCH, wire, None), frames)
+            size = payload_bytes(wire, frames)
+            session.telemetry.moved(link.name, sent={"inputs": size, "control": header - (0 if frames else size)})
+            self._unanswered += size
+            if self._unanswered > CHUNK_BYTES:
+                connection.ask(m.Have(connection.next_request(), ()), time.monotonic() + timeout_s)
+                self._unanswered = 0
+        return resident
+
+
+def run_resident(session: Session, bound: BoundProgram, args: Sequence[Any], rng: Any, keeps: Sequence[Resident],
+                 timeout_s: float) -> Answer:
+    """Run a program and wait for its answer.
+
+    Args:    args: by position in the plan's inputs: Resident, CPU tensor or number.
+             rng: the generator's state, Resident or tensor, where the program draws.
+             keeps: what the program keeps, in its order.
+    Raises:  whatever stops the run; then no value of it exists anywhere.
+    """
+    started_s = time.perf_counter()
+    link = bound.link
+    link.in_flight += 1
+    try:
+        connection = link.borrow()
+        try:
+            request, sent = _send(session, connection, bound, args, rng, keeps, time.monotonic() + timeout_s)
+            sent_s = time.perf_counter()
+            values, result, received = _receive(connection, bound, request, time.monotonic() + timeout_s)
+        except _RefusedError as refused:
+            link.give_back(connection)
+            assert refused.__cause__ is not None
+            raise refused.__cause__ from None
+        except BaseException:
+            connection.close(linger_ms=200)
+            raise
+    finally:
+        link.in_flight -= 1
+    link.give_back(connection)
+    for value in (*args, rng, *keeps):
+        if type(value) is Resident:
+            value.underway = False
+    answered_s = time.perf_counter()
+    bound.last_compute_s = result.compute_s
+    session.telemetry.call((Share(link.name, bound.num_fragments, result.compute_s, sent, received),),
+                           dispatch_s=sent_s - started_s, wait_s=answered_s - sent_s, queue_s=result.queue_s)
+    return Answer(values, result.kept)
+
+
+class _RefusedError(Exception):
+    """The worker has answered that the run did not happen; `__cause__` is why. The connection is still good."""
+
+
+def _send(session: Session, connection: Connection, bound: BoundProgram, args: Sequence[Any], rng: Any,
+          keeps: Sequence[Resident], deadline_s: float) -> tuple[int, dict[str, int]]:
+    frames: list[Any] = []
+    arguments: list[Any] = []
+    incoming: list[tuple[int, int]] = []
+    inline_bytes = 0
+    for position in bound.arguments:
+        value = rng if position == RNG_ARGUMENT else args[position]
+        if type(value) is Resident:
+            if value.underway:
+                incoming.append((value.tensor_id, _EPOCH))
+            value = (m.RESIDENT, value.tensor_id, _EPOCH)
+        elif isinstance(value, torch.Tensor):
+            wire = _lane.stage(value, frames)
+            if type(wire[3]) is bytes:
+                inline_bytes += len(wire[3])
+            value = (m.INLINE, wire)
+        arguments.append(value)
+    request = connection.next_request()
+    handles = tuple([(keep.tensor_id, _EPOCH) for keep in keeps])
+    header = pack(m.to_wire(m.Run(request, bound.program.program_id, session.next_id(), tuple(arguments), handles,
+                                  tuple(incoming), bound.link.take_frees())))
+    connection.run(header, frames, deadline_s)
+    return request, {"inputs": inline_bytes + sum(map(len, frames)), "control": len(header) - inline_bytes}
+
+
+def _receive(connection: Connection, bound: BoundProgram, request: int,
+             deadline_s: float) -> tuple[list[Any], m.Result, dict[str, int]]:
+    values: dict[int, Any] = {}
+    spans: dict[int, torch.Tensor] = {}
+    output_bytes = control_bytes = 0
+    while True:
+        message, frames, header_bytes = connection.receive(deadline_s)
+        if isinstance(message, m.Failure) and message.request in (request, 0):
+            raise _RefusedError from to_error(message, bound.link.address)
+        if not isinstance(message, m.Result | m.Partial) or message.request != request:
+            continue
+        control_bytes += header_bytes
+        for index, value in message.values:
+            if type(value) is tuple:
+                if value[0] == m.ALIAS:
+                    values[index] = view_of(spans[value[1]], value[2])
+                    continue
+                size = payload_bytes(value[1], frames)
+                control_bytes -= size if type(value[1][3]) is bytes else 0
+                output_bytes += size
+                landed = _lane.land(value[1], frames, CPU)
+                if value[0] == m.SPAN:
+                    spans[index] = landed
+                    landed = view_of(landed, value[2])
+                value = landed
+            values[index] = value
+        if isinstance(message, m.Result):
+            if len(values) != len(bound.return_names):
+                raise ProtocolError(f"worker {bound.link.name} returned {len(values)} of "
+                                    f"{len(bound.return_names)} values")
+            return [values[i] for i in range(len(values))], message, {"outputs": output_bytes,
+                                                                        "control": control_bytes}
+
+
+def fetch(session: Session, resident: Resident) -> torch.Tensor:
+    """The value, here. Raises: WorkerError, StaleHandleError."""
+    resident.link.check_alive()
+    try:
+        return session.fetch(resident.link, resident.tensor_id, _EPOCH)
+    except GenieError:
+        resident.link.check_alive()
+        raise

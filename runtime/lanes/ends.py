@@ -1,0 +1,137 @@
+"""A client thread's end of the way that its runs take: a plain socket, or a native lane. One contract.
+
+An end is used by one thread at a time. What a native lane brings lies in memory of its own or in the worker's pages.
+"""
+from __future__ import annotations
+
+import contextlib
+import socket as socket_module
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from genie_dynamo.runtime.lanes import dpdk, native, stream
+
+Message = tuple[bytes, list[torch.Tensor]]
+
+
+class End(Protocol):
+    """Where messages go and come from."""
+
+    name: str
+    carries_all: bool
+    """Every message may take this way, not only small runs; answers come the same way."""
+
+    def fits(self, header: bytes, frames: Sequence[Any]) -> bool: ...
+
+    def send(self, header: bytes, frames: Sequence[Any], waiting: Callable[[], None]) -> None:
+        """Send; `waiting` is called, and may raise, whenever nothing has moved for a while. Raises: OSError."""
+
+    def read(self) -> Message | None:
+        """The next message; None for one that comes over ZeroMQ.
+
+        Raises: BlockingIOError where none has come for a while, EOFError, OSError, MessageLimitError.
+        """
+
+    def arm(self) -> bool:
+        """Before somebody sleeps on `fileno`: False where there is a message already."""
+
+    def fileno(self) -> int: ...
+
+    def counters(self) -> dict[str, int]:
+        """What the lane itself has counted; empty where it does not count."""
+
+    def close(self) -> None: ...
+
+
+class SocketEnd:
+    """A stream (stream.py). Messages beyond its limit take the ZeroMQ socket."""
+
+    name = "stream"
+    carries_all = False
+
+    def __init__(self, sock: stream.Socket) -> None:
+        self._socket = sock
+        self._reader = stream.Reader(sock)
+
+    def fits(self, header: bytes, frames: Sequence[Any]) -> bool:
+        return stream.fits(header, frames)
+
+    def send(self, header: bytes, frames: Sequence[Any], waiting: Callable[[], None]) -> None:
+        stream.send_all(self._socket, stream.to_parts(header, frames), waiting)
+
+    def read(self) -> Message | None:
+        return self._reader.read()
+
+    def arm(self) -> bool:
+        return not self._reader.has_more
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        # A forked child has a duplicate of the descriptor: closing ours alone would tell the worker nothing.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket_module.SHUT_RDWR)
+        self._socket.close()
+
+
+class NativeEnd:
+    """A lane of genie_dynamo._native. A send that a thread leaves half done goes on in the extension's own thread."""
+
+    carries_all = True
+
+    def __init__(self, channel: Any, poll_s: float, spin_s: float, digest: bool) -> None:
+        self.name: str = channel.name
+        self.channel = channel
+        self._poll_s = poll_s
+        self._spin_s = spin_s
+        self.digest = digest
+
+    def fits(self, header: bytes, frames: Sequence[Any]) -> bool:
+        return True
+
+    def send(self, header: bytes, frames: Sequence[Any], waiting: Callable[[], None]) -> None:
+        parts = [header, *frames] if frames else [header]
+        while not self.channel.send(parts, self._poll_s, 0, self.digest):
+            waiting()
+
+    def read(self) -> Message | None:
+        came = self.channel.receive(self._poll_s, self._spin_s)
+        if came is None:
+            raise BlockingIOError
+        header, frames = came
+        return header, [native.to_own_tensor(frame) for frame in frames] if frames else frames
+
+    def arm(self) -> bool:
+        return bool(self.channel.arm())
+
+    def fileno(self) -> int:
+        return int(self.channel.fileno())
+
+    def counters(self) -> dict[str, int]:
+        return dict(self.channel.statistics())
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT is this machine's own: no digest is needed there."""
+    return address.startswith(("127.", "[::1]"))
+
+
+def connect_native(name: str, address: str, timeout_s: float, poll_s: float, spin_s: float = 0.0,
+                   digest: bool | None = None) -> NativeEnd:
+    """Open a native lane. `digest` is on by default where the lane may leave the host. Raises: OSError."""
+    channel = (dpdk.connect(address, timeout_s) if name == "dpdk"
+               else native.module().connect(name, address, timeout_s))
+    if digest is None:
+        digest = channel.off_host and not is_loopback(address)
+    return NativeEnd(channel, poll_s, spin_s, digest)
+
+

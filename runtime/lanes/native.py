@@ -1,0 +1,53 @@
+"""The native extension, where it was built: its lanes, and what a received buffer becomes.
+
+It is optional. Without it payload takes the lanes of the standard library (stream.py) and of ZeroMQ (zmq_frames.py).
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_module: Any = None
+_why_not = ""
+try:
+    from genie_dynamo import _native
+
+    _module = _native
+except ImportError as error:
+    _why_not = (f"the native extension is not there ({error}); it needs CMake, a C++20 compiler and pybind11 when the "
+                "package is built: GENIE_REQUIRE_NATIVE=1 pip install ... says what is missing")
+
+COPY_BELOW_BYTES = 256 << 10
+"""Results below this size are copied out of the worker's pages at once: they would keep a whole slab each."""
+
+
+def module() -> Any:
+    """genie_dynamo._native, or None; `why_not` then says why."""
+    return _module
+
+
+def why_not() -> str:
+    """Why there is no native lane in this process; empty where there are some."""
+    return _why_not
+
+
+def lane_version() -> int:
+    """What this side's native lanes speak; 0 where there are none."""
+    return int(_module.LANE_VERSION) if _module is not None else 0
+
+
+def to_tensor(memory: Any) -> torch.Tensor:
+    """A uint8 tensor over a received buffer, which lives as long as the tensor. It may be another process's pages."""
+    return torch.frombuffer(memory, dtype=torch.uint8) if len(memory) else torch.empty(0, dtype=torch.uint8)
+
+
+def to_own_tensor(memory: Any) -> torch.Tensor:
+    """The same for who may write to it: what is small is copied, so that it does not hold a slab of the sender's."""
+    tensor = to_tensor(memory)
+    return tensor.clone() if memory.foreign and (memory.read_only or len(memory) < COPY_BELOW_BYTES) else tensor
+
+
+def is_foreign(tensor: torch.Tensor) -> bool:
+    """Whether a CPU tensor's memory is another process's pages, which must not be written to or kept."""
+    return _module is not None and tensor.device.type == "cpu" and bool(_module.in_foreign_pages(tensor.data_ptr()))

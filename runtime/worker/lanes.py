@@ -1,0 +1,184 @@
+"""A worker's native lanes: where they are offered, and their clients, none of which is waited for.
+
+The same as streams.py for lanes of the extension. Whatever a client sends over a lane is answered over it, of any size.
+"""
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import secrets
+import select
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from genie_dynamo.core.errors import MessageLimitError
+from genie_dynamo.runtime.lanes import dpdk, native
+from genie_dynamo.runtime.lanes.ends import is_loopback
+
+log = logging.getLogger(__name__)
+
+MAX_OPEN_BYTES = 4 << 30
+"""A client that lets more than this of its answers pile up is dropped: half of what a lane of shared pages may hold."""
+
+OnMessage = Callable[[bytes, bytes, Sequence[Any]], None]
+
+
+class Offer(NamedTuple):
+    """One kind of lane that clients may open."""
+
+    name: str
+    version: int
+    address: str
+    listener: Any
+
+
+def offer(bind: str, bound: str, *, keys: bool) -> list[Offer]:
+    """Listen for native lanes beside a worker's own socket; best first. What cannot be offered is logged.
+
+    Args: bind, bound: the address as asked for and as it came out.  keys: whether the worker asks for keys; tcp lanes
+        have none, so then there are no tcp lanes.
+    """
+    module = native.module()
+    if module is None:
+        log.info("no native lanes: %s", native.why_not())
+        return []
+    wanted = []
+    if bind.startswith("ipc://"):
+        wanted.append(("shm", bind.removeprefix("ipc://") + ".shm"))
+    else:
+        wanted.append(("shm", f"@genie-{os.getpid()}-{secrets.token_hex(8)}"))
+        if not keys:
+            host = bound.removeprefix("tcp://").rpartition(":")[0]
+            wanted.append(("tcp", f"{host}:0"))
+    if not dpdk.why_not():
+        wanted.insert(1, ("dpdk", ""))
+    offers = []
+    for name, address in wanted:
+        try:
+            listener = dpdk.listen() if name == "dpdk" else module.listen(name, address)
+        except OSError as error:
+            log.warning("the %s lane is not offered: %s", name, error)
+            continue
+        offers.append(Offer(name, native.lane_version(), listener.address, listener))
+    return offers
+
+
+class _Client:
+    def __init__(self, name: bytes, channel: Any, digest: bool) -> None:
+        self.name = name
+        self.channel = channel
+        self.digest = digest
+        self.fd = channel.fileno()
+
+
+class Lanes:
+    """Every native lane of one worker, under one epoll.
+
+    Args: as Streams (streams.py); offers: this object closes their listeners.
+    """
+
+    def __init__(self, offers: Sequence[Offer], poller: select.epoll, on_message: OnMessage,
+                 on_left: Callable[[bytes], None]) -> None:
+        self._offers = tuple(offers)
+        self._listeners = {offer.listener.fileno(): offer.listener for offer in offers}
+        self._poller = poller
+        self._on_message = on_message
+        self._on_left = on_left
+        self._numbers = itertools.count(1)
+        self._by_fd: dict[int, _Client] = {}
+        self._by_name: dict[bytes, _Client] = {}
+        self._to_arm: set[_Client] = set()
+        self._more: set[_Client] = set()
+        for fd in self._listeners:
+            poller.register(fd, select.EPOLLIN)
+
+    def __contains__(self, connection: bytes) -> bool:
+        return connection in self._by_name
+
+    def owns(self, fd: int) -> bool:
+        return fd in self._by_fd or fd in self._listeners
+
+    def serve(self, fd: int) -> None:
+        """Do what an event asks for: accept, or take one message."""
+        client = self._by_fd.get(fd)
+        if client is not None:
+            self._read(client)
+        elif fd in self._listeners:
+            self._accept(self._listeners[fd])
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is something to take without waiting. Ask before sleeping: it is what arms the lanes."""
+        while self._to_arm:
+            client = self._to_arm.pop()
+            if client.name in self._by_name and not client.channel.arm():
+                self._more.add(client)
+        return bool(self._more)
+
+    def serve_more(self) -> None:
+        """One more message of each client that has one."""
+        for client in list(self._more):
+            self._more.discard(client)
+            if client.name in self._by_name:
+                self._read(client)
+
+    def _read(self, client: _Client) -> None:
+        try:
+            came = client.channel.try_receive()
+        except OSError as error:
+            self._drop(client, error)
+            return
+        self._to_arm.add(client)
+        if came is not None:
+            self._more.add(client)           # perhaps: asking again is cheaper than arming
+            header, frames = came
+            self._on_message(client.name, header, [native.to_tensor(frame) for frame in frames] if frames else frames)
+
+    def send(self, connection: bytes, header: bytes, frames: Sequence[Any]) -> None:
+        """Send, or queue; a client that is gone is forgotten, one that does not read is dropped."""
+        client = self._by_name.get(connection)
+        if client is None:
+            return
+        try:
+            sent = client.channel.send([header, *frames] if frames else [header], 0.0, 0, client.digest)
+            if sent and frames and client.channel.statistics()["bytes_open"] <= MAX_OPEN_BYTES:
+                self._to_arm.add(client)
+                return
+            if not sent or frames:
+                raise MessageLimitError("it does not read its answers")
+        except (OSError, MessageLimitError) as error:
+            self._drop(client, error)
+
+    def close(self) -> None:
+        for client in list(self._by_fd.values()):
+            client.channel.close()
+        self._by_fd.clear()
+        self._by_name.clear()
+        for item in self._offers:
+            item.listener.close()
+
+    def _accept(self, listener: Any) -> None:
+        try:
+            channel = listener.accept()
+        except OSError as error:
+            log.warning("a client's lane was refused: %s", error)
+            return
+        if channel is None:
+            return
+        # ZeroMQ's own names of this first byte have five bytes, and clients cannot choose one.
+        name = b"\0lane" + next(self._numbers).to_bytes(8, "big")
+        client = self._by_name[name] = _Client(name, channel, channel.off_host and not is_loopback(listener.address))
+        self._by_fd[client.fd] = client
+        self._poller.register(client.fd, select.EPOLLIN)
+        self._more.add(client)
+
+    def _drop(self, client: _Client, error: BaseException) -> None:
+        if client.channel.close_end not in ("PEER_LOST", "PENDING"):
+            log.warning("a client's lane is closed: %s", error)
+        self._poller.unregister(client.fd)
+        del self._by_fd[client.fd], self._by_name[client.name]
+        self._more.discard(client)
+        self._to_arm.discard(client)
+        client.channel.close()
+        self._on_left(client.name)

@@ -1,0 +1,99 @@
+"""`genie.capture()` and what is done with what it records."""
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import genie_dynamo as genie
+
+DEVICE = "remote_accelerator"
+
+
+def test_factory_calls_go_to_the_device_in_this_thread_alone(session: object) -> None:
+    seen: list[str] = []
+    with genie.capture():
+        with genie.capture():
+            inner = torch.zeros(2)
+        outer = torch.ones(2) + inner
+        thread = threading.Thread(target=lambda: seen.append(torch.ones(1).device.type))
+        thread.start()
+        thread.join()
+        assert torch.ones(1, device="cpu").device.type == "cpu"
+    assert (inner.device.type, outer.device.type, seen) == (DEVICE, DEVICE, ["cpu"])
+    assert torch.ones(1).device.type == "cpu"
+    assert outer.tolist() == [1, 1]
+
+
+def test_weights_from_outside_go_up_once(session: object) -> None:
+    model = nn.Linear(64, 8)
+    x = torch.randn(3, 64)
+    genie.reset_stats()
+    assert torch.allclose(genie.run(model, x), model(x), atol=1e-6)
+    first = genie.get_stats()["by_reason"]["inputs"]["sent"]
+    genie.reset_stats()
+    genie.run(model, x)
+    assert genie.get_stats()["by_reason"]["inputs"]["sent"] == x.nbytes < first
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert torch.allclose(genie.run(model, x), model(x), atol=1e-5)
+
+
+def test_control_flow_that_hangs_on_values(session: object) -> None:
+    def collatz(x: torch.Tensor) -> torch.Tensor:
+        steps = torch.zeros((), dtype=torch.int64)
+        while x > 1:
+            x = x // 2 if x % 2 == 0 else 3 * x + 1
+            steps = steps + 1
+        return steps
+
+    assert genie.run(collatz, torch.tensor(27)).item() == 111
+
+
+def test_a_recorded_graph_runs_here_and_there(session: object) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+    with genie.capture(), torch.no_grad():
+        x = torch.arange(12.0).reshape(3, 4)
+        y = model(x)
+    graph = genie.get_graph()
+    assert "aten.gelu" in str(graph)
+    plan = graph.plan()
+    (here,) = [t for t in genie.execute_local(plan, graph.inputs) if t.shape == (3, 2)]
+    (there,) = [t for t in genie.execute(plan, graph.inputs) if t.shape == (3, 2)]
+    want = model(torch.arange(12.0).reshape(3, 4))
+    for got in (here, there, y.cpu()):
+        torch.testing.assert_close(got, want.detach())
+    with pytest.raises(genie.GenieError, match="inputs"):
+        genie.execute(plan, ())
+
+
+def test_nothing_recorded_is_said(session: object) -> None:
+    torch.remote_accelerator.synchronize()
+    with pytest.raises(genie.GenieError, match="nothing is recorded"):
+        genie.get_graph()
+
+
+def test_recorded_eager_ops_are_understood(session: object) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                         num_attention_heads=4, num_key_value_heads=2)).eval()
+    there = copy.deepcopy(model).to(DEVICE)
+    torch.remote_accelerator.synchronize()
+    with genie.capture(), torch.no_grad():
+        out = there(input_ids=torch.randint(0, 96, (1, 7)), use_cache=False).logits
+    meaning = genie.annotate(genie.get_graph(), there)
+    assert len(meaning.of_kind("attention")) == 2
+    assert len(meaning.of_kind("gated_mlp")) == 2
+    assert out.shape == (1, 7, 96)
+
+
+def test_devices_and_policies_that_cannot_be_are_refused(session: object) -> None:
+    with pytest.raises(genie.ConfigError, match="policy"):
+        genie.run(torch.relu, torch.ones(1), policy="fastest")
+    with pytest.raises(genie.ConfigError, match="one worker"):
+        genie.run(torch.relu, torch.ones(1), devices=2)
+    assert genie.run(torch.relu, torch.ones(1), devices=[DEVICE], policy="min_latency").tolist() == [1]

@@ -1,0 +1,183 @@
+"""Tensors of `remote_accelerator` as a user meets them: making, reading, printing, copying, saving, errors."""
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import genie_dynamo as genie
+
+DEVICE = "remote_accelerator"
+
+
+def test_the_device_is_there_whichever_is_imported_first() -> None:
+    for first, second in (("torch", "genie_dynamo"), ("genie_dynamo", "torch")):
+        code = f"import {first}, {second}, torch; print(torch.device('{DEVICE}:0'), torch.{DEVICE}.device_count())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+        assert done.stdout.split() == [f"{DEVICE}:0", "1"]
+
+
+def test_importing_us_does_not_import_torch() -> None:
+    code = "import genie_dynamo, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "False"
+
+
+def test_another_backend_that_holds_the_place_is_named_and_compile_still_works() -> None:
+    code = ("import torch; from torch.utils import backend_registration as b\n"
+            "b._setup_privateuseone_for_python_backend('npux')\n"
+            "import genie_dynamo as genie, genie_dynamo.device as device\n"
+            "assert 'npux' in device.unavailable\n"
+            "genie.init(workers=1)\n"
+            "print(torch.compile(lambda x: x + 1, backend='genie')(torch.ones(2)).tolist())\n"
+            "print(torch.remote_accelerator.is_available())\n"
+            "try:\n    torch.remote_accelerator.synchronize()\n"
+            "except genie.ConfigError as error:\n    print('npux' in str(error))\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=180)
+    assert done.stdout.splitlines() == ["[2.0, 2.0]", "False", "True"]
+
+
+def test_seeds_give_the_numbers_of_the_cpu(session: object) -> None:
+    torch.manual_seed(3)
+    here = [torch.randn(5), torch.rand(4), torch.randint(0, 9, (3,)), torch.randperm(6), torch.randn(3)]
+    torch.manual_seed(3)
+    there = [torch.randn(5, device=DEVICE), torch.rand(4, device=DEVICE), torch.randint(0, 9, (3,), device=DEVICE)]
+    state = torch.remote_accelerator.get_rng_state()
+    there.append(torch.randperm(6, device=DEVICE))
+    torch.randn(7, device=DEVICE)          # nobody wants it, but it draws
+    torch.remote_accelerator.set_rng_state(state)
+    torch.randperm(6, device=DEVICE)
+    there.append(torch.randn(3, device=DEVICE))
+    for a, b in zip(here, there, strict=True):
+        assert torch.equal(a, b.cpu())
+
+
+def test_draws_that_nobody_wants_still_draw(session: object) -> None:
+    torch.manual_seed(4)
+    torch.randn(3)
+    want = torch.randn(3)
+    torch.manual_seed(4)
+    torch.randn(3, device=DEVICE)
+    assert torch.equal(torch.randn(3, device=DEVICE).cpu(), want)
+
+
+def test_printing_shows_content_and_device(session: object) -> None:
+    x = torch.arange(3.0, device=DEVICE, requires_grad=True)
+    assert repr(x) == f"tensor([0., 1., 2.], device='{DEVICE}:0', requires_grad=True)"
+    assert "grad_fn=<MulBackward0>" in repr(x * 2)
+    assert repr(torch.zeros(0, device=DEVICE)) == f"tensor([], device='{DEVICE}:0')"
+    assert f"{x.sum():.1f}" == "3.0"
+    assert repr(torch.nn.Parameter(x.detach())).startswith("Parameter containing:\ntensor([0., 1., 2.]")
+
+
+def test_numpy_and_pickle_are_refused_with_the_way_out(session: object) -> None:
+    x = torch.ones(2, device=DEVICE)
+    with pytest.raises(TypeError, match=r"Tensor\.cpu\(\)"):
+        x.numpy()
+    with pytest.raises(TypeError, match=r"x\.cpu\(\)"):
+        pickle.dumps(x)
+
+
+def test_save_and_load_by_way_of_the_cpu(session: object) -> None:
+    model = torch.nn.Linear(3, 2).to(DEVICE)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    for place, expected in ((None, DEVICE), ("cpu", "cpu")):
+        buffer.seek(0)
+        loaded = torch.load(buffer, map_location=place)
+        assert {value.device.type for value in loaded.values()} == {expected}
+        assert torch.equal(loaded["weight"].cpu(), model.weight.cpu())
+    fresh = torch.nn.Linear(3, 2)
+    fresh.load_state_dict(loaded)
+    model.load_state_dict(fresh.state_dict())
+
+
+def test_deepcopy_keeps_what_is_shared(session: object) -> None:
+    base = torch.arange(6.0, device=DEVICE)
+    pair = {"base": base, "row": base[2:4]}
+    twin = copy.deepcopy(pair)
+    twin["row"].add_(10)
+    assert base.tolist() == [0, 1, 2, 3, 4, 5]
+    assert twin["base"].tolist() == [0, 1, 12, 13, 4, 5]
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).to(DEVICE)
+    other = copy.deepcopy(model)
+    assert isinstance(other[0].weight, torch.nn.Parameter)
+    assert torch.equal(other[0].weight.cpu(), model[0].weight.cpu())
+
+
+def test_devices_do_not_mix_but_for_numbers(session: object) -> None:
+    x = torch.ones(3, device=DEVICE)
+    with pytest.raises(RuntimeError, match="same device"):
+        x + torch.ones(3)
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(3).add_(x)
+    assert (x + torch.tensor(2.0)).tolist() == [3, 3, 3]
+    assert (torch.tensor(2.0, dtype=torch.float64) * x).dtype == torch.float32
+    one = torch.tensor(1.5, device=DEVICE)
+    assert (one * torch.tensor(2.0, dtype=torch.float64)).dtype == torch.float64
+    assert (one * 2.0).dtype == torch.float32
+    assert x[torch.tensor([0, 2])].shape == (2,)
+
+
+def test_shapes_that_hang_on_values(session: object) -> None:
+    x = torch.tensor([3.0, -1.0, 2.0, -5.0], device=DEVICE)
+    assert x[x > 0].tolist() == [3, 2]
+    assert torch.nonzero(x > 0).tolist() == [[0], [2]]
+    values, counts = torch.unique(torch.tensor([1, 2, 2], device=DEVICE), return_counts=True)
+    assert (values.tolist(), counts.tolist()) == ([1, 2], [1, 2])
+    if x.sum() < 0:
+        x = -x
+    assert x.sum().item() == 1
+
+
+def test_errors_of_shapes_come_at_once_and_others_with_the_read(session: object) -> None:
+    x = torch.ones(3, device=DEVICE)
+    with pytest.raises(RuntimeError, match="broadcast"):
+        x + torch.ones(4, device=DEVICE)
+    bad = x[torch.tensor([7], device=DEVICE)]
+    good = x * 2
+    with pytest.raises(genie.RemoteExecutionError, match="out of bounds"):
+        bad.cpu()
+    assert good.tolist() == [2, 2, 2]
+    with pytest.raises(genie.RemoteExecutionError, match="out of bounds"):
+        (bad + 1).cpu()
+
+
+def test_a_read_of_a_part_brings_the_part(session: object) -> None:
+    x = torch.zeros(1000, 1000, device=DEVICE)
+    torch.remote_accelerator.synchronize()
+    genie.reset_stats()
+    assert x[3, :5].tolist() == [0] * 5
+    assert genie.get_stats()["bytes_received"] < 1000
+
+
+def test_values_that_nobody_holds_are_neither_made_nor_kept(session: object) -> None:
+    torch.remote_accelerator.synchronize()
+    before = torch.remote_accelerator.memory_allocated()
+    x = torch.ones(1000, device=DEVICE)
+    torch.remote_accelerator.synchronize()
+    assert torch.remote_accelerator.memory_allocated() - before == 4000
+    for _ in range(50):
+        x * 2
+    torch.remote_accelerator.synchronize()
+    assert torch.remote_accelerator.memory_allocated() - before == 4000
+    del x
+    assert torch.remote_accelerator.memory_allocated() == before
+
+
+def test_copies_are_of_the_moment(session: object) -> None:
+    here = torch.ones(3)
+    there = here.to(DEVICE, non_blocking=True)
+    here.add_(5)
+    back = torch.empty(3)
+    back.copy_(there, non_blocking=True)
+    assert back.tolist() == [1, 1, 1]
+    there.copy_(here)
+    assert there.tolist() == [6, 6, 6]
+    assert there.to(torch.float64).dtype == torch.float64
+    assert there.to("cpu", torch.int64).tolist() == [6, 6, 6]

@@ -1,0 +1,1 @@
+"""The C++ tests, built and run by CMake."""
