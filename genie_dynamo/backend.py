@@ -201,7 +201,8 @@ def _wrap_calls() -> bool:
         return getattr(getattr(backend, "compiler_fn", backend), "backend_ctx_ctor", contextlib.nullcontext)
 
     WrapBackendDebug.backend_ctx_ctor = property(context_of)  # type: ignore[attr-defined]
-    wrapped = eval_frame.get_compiler_fn(torch._TorchCompileWrapper(genie, None, None, None))
+    hidden = torch._TorchCompileWrapper(genie, None, None, None)  # type: ignore[no-untyped-call]
+    wrapped = eval_frame.get_compiler_fn(hidden)
     return getattr(wrapped, "backend_ctx_ctor", None) is stale.lifted
 
 

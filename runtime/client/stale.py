@@ -97,7 +97,7 @@ class _Guard:
         bring_home()
         return self.__reduce_ex__(protocol)
 
-    def __repr__(self, **more: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         bring_home()
         return repr(self)
 
@@ -117,7 +117,7 @@ _STALE: dict[type, type] = {Tensor: StaleTensor, torch.nn.Parameter: StaleParame
 def _num_users(tensor: Tensor) -> int:
     with torch._C.DisableTorchFunctionSubclass():
         storage = tensor.untyped_storage()
-        return int(torch._C._storage_Use_Count(storage._cdata))  # type: ignore[attr-defined]
+        return int(torch._C._storage_Use_Count(storage._cdata))
 
 
 _ALONE = _num_users(torch.nn.Parameter(torch.zeros(1)))
