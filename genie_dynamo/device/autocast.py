@@ -55,7 +55,7 @@ def _overloads(names: tuple[str, ...]) -> Iterator[OpOverload]:
 
 
 def _kernel(target: OpOverload, dtype_of: Callable[[list[Tensor]], torch.dtype]) -> Callable[..., Any]:
-    off = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    off = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)  # type: ignore[attr-defined]
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(off):
