@@ -102,11 +102,11 @@ class _Guard:
         return repr(self)
 
 
-class StaleTensor(_Guard, Tensor):
+class StaleTensor(_Guard, Tensor):  # type: ignore[misc]
     """Optimizer state or a buffer whose content is on a worker."""
 
 
-class StaleParameter(_Guard, torch.nn.Parameter):
+class StaleParameter(_Guard, torch.nn.Parameter):  # type: ignore[misc]
     """A parameter whose content is on a worker."""
 
 
