@@ -20,6 +20,7 @@ _WHERE = {
     "get_stats": "genie_dynamo.sessions",
     "reset_stats": "genie_dynamo.sessions",
     "invalidate": "genie_dynamo.sessions",
+    "synchronize": "genie_dynamo.sessions",
     "set_log_level": "genie_dynamo.sessions",
     "analyze": "genie_dynamo.analysis",
     "capture": "genie_dynamo.capturing",
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from genie_dynamo.sessions import session as session
     from genie_dynamo.sessions import set_log_level as set_log_level
     from genie_dynamo.sessions import shutdown as shutdown
+    from genie_dynamo.sessions import synchronize as synchronize
 
 
 def __getattr__(name: str) -> Any:

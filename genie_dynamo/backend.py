@@ -7,6 +7,8 @@ cannot be shipped runs locally: said once with the reason, counted in get_stats(
 """
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -16,12 +18,15 @@ import torch
 import torch._functorch.config
 from functorch.compile import default_partition
 from torch import fx
+from torch._dynamo import eval_frame
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.repro.after_dynamo import WrapBackendDebug
+from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from genie_dynamo import sessions
 from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::sdpa
 from genie_dynamo.core.config import Config
-from genie_dynamo.core.errors import UnsupportedGraphError
+from genie_dynamo.core.errors import ConfigError, UnsupportedGraphError
 from genie_dynamo.core.fragment import encode
 from genie_dynamo.core.plan import GuardFacts
 from genie_dynamo.device.compiled import is_on_device, recorded
@@ -32,6 +37,7 @@ from genie_dynamo.passes.pipeline import run_pipeline
 from genie_dynamo.passes.planning import Assign, plan_graph
 from genie_dynamo.passes.semantics.carry import carry_over
 from genie_dynamo.placed import Homes, PlacedGraph
+from genie_dynamo.runtime.client import stale
 from genie_dynamo.runtime.client.attempt import GraphInfo
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph, materialize
 
@@ -64,6 +70,9 @@ def genie(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> C
 
         return compile_graph
 
+    if config.parameters == "remote" and not _CALLS_ARE_WRAPPED:
+        raise ConfigError(f"parameters='remote' cannot be kept with torch {torch.__version__}, which does not let a "
+                          "backend act around compiled calls", option="parameters")
     # Donated buffers would forbid retain_graph=True, which eager allows.
     with torch._functorch.config.patch(donated_buffer=False):
         compiled: Callable[..., Any] = aot_autograd(
@@ -91,17 +100,22 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
     namespaces = _namespaces(gm)
     # Whether a worker really has the op libraries shows when the fragment is loaded there.
     reasons = unsupported_reasons(gm, namespaces) + _foreign_devices(gm)
-    keep_state = config.awareness == "full" and kind != "backward"
+    remote = config.parameters == "remote" and kind != "backward"
+    partial = _ends_in_break()
+    keep_state = not remote and config.awareness == "full" and kind != "backward"
     session = lambda: sessions.session(namespaces)  # noqa: E731 - it is handed on
 
     def build(assign: Assign | None, workers: Sequence[str], count: int, over: fx.GraphModule = gm) -> RemoteGraph:
         plan = plan_graph(over, facts, guards, assign=assign, num_workers=count, keep_state=keep_state and over is gm)
+        if remote:
+            changed = {index for index, _ in plan.mutations}
+            plan = dataclasses.replace(plan, stays=tuple(i for i in facts.static_inputs if i in changed))
         specs = {
             f.fragment_id: encode(lower_fragment(over, node_names=f.node_names, inputs=f.inputs, outputs=f.outputs))
             for f in plan.fragments
         }
-        return RemoteGraph(plan, specs, GraphInfo(kind == "backward", facts.bumped, label), config, session, local,
-                           workers)
+        info = GraphInfo(kind == "backward", facts.bumped, label, partial)
+        return RemoteGraph(plan, specs, info, config, session, local, workers)
 
     try:
         if reasons:
@@ -122,10 +136,20 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
     return placed
 
 
+def _ends_in_break() -> bool:
+    """Whether eager code of the function that is being compiled follows this graph."""
+    try:
+        reason = InstructionTranslator.current_tx().output.compile_subgraph_reason
+    except AttributeError:
+        return False            # compiled without Dynamo
+    return bool(reason is not None and reason.graph_break)
+
+
 def _boxed(gm: fx.GraphModule, kind: str) -> Callable[[list[Any]], Any]:
     """The graph as it runs here; activations that a remote forward left on its worker are fetched."""
 
     def run(args: list[Any]) -> Any:
+        stale.bring_home()
         values = materialize(args, sessions.session) if kind == "backward" else list(args)
         args.clear()
         return gm.forward(*values)
@@ -164,3 +188,23 @@ def _namespaces(gm: fx.GraphModule) -> frozenset[str]:
     found = {item.namespace for node in gm.graph.nodes for item in (node.target, *node.args)
              if isinstance(item, torch._ops.OpOverload)}
     return frozenset(found - _BUILT_IN)
+
+
+def _wrap_calls() -> bool:
+    """Let `stale.lifted` be entered around every call of a function compiled for genie.
+
+    A backend may name a context manager for that (`backend_ctx_ctor`), but torch.compile hides backends behind objects
+    that do not hand the name on. Returns: whether this torch does so now.
+    """
+    def context_of(self: Any) -> Any:
+        backend = self.__dict__.get("_torchdynamo_orig_backend")
+        return getattr(getattr(backend, "compiler_fn", backend), "backend_ctx_ctor", contextlib.nullcontext)
+
+    WrapBackendDebug.backend_ctx_ctor = property(context_of)  # type: ignore[attr-defined]
+    hidden = torch._TorchCompileWrapper(genie, None, None, None)  # type: ignore[no-untyped-call]
+    wrapped = eval_frame.get_compiler_fn(hidden)
+    return getattr(wrapped, "backend_ctx_ctor", None) is stale.lifted
+
+
+genie.backend_ctx_ctor = stale.lifted  # type: ignore[attr-defined]
+_CALLS_ARE_WRAPPED = _wrap_calls()

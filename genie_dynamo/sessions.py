@@ -7,10 +7,11 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from genie_dynamo.core.config import Config
-from genie_dynamo.core.errors import SessionClosedError
+from genie_dynamo.core.errors import ConfigError, SessionClosedError, WorkerLostError
+from genie_dynamo.runtime.client import stale
 from genie_dynamo.runtime.client.session import Session
 from genie_dynamo.runtime.cluster import build_config, connect_spec
 
@@ -120,8 +121,29 @@ def invalidate(target: Any) -> None:
         items = [*target.parameters(), *target.buffers()]
     else:
         raise TypeError(f"invalidate takes a tensor or a module, got {type(target).__name__}")
+    stale.bring_home()
     if _default is not None:
         _default.residency.touch(items)
+
+
+def synchronize(target: Any = None, *, lost: Literal["error", "rollback"] = "error") -> None:
+    """Bring parameters and optimizer state that live on workers alone (`parameters="remote"`) up to date here.
+
+    All of them, whatever the target: they then are as one and the same step has left them. Reading one does the same.
+
+    Args:
+        target: a module or optimizer, for those who read the code.
+        lost:   where a worker cannot be asked any more: raise, or take the last synchronised state ("rollback").
+    Raises:     WorkerLostError; ConfigError for another `lost`.
+    """
+    if lost not in ("error", "rollback"):
+        raise ConfigError(f"lost={lost!r}: must be 'error' or 'rollback'", option="lost", value=lost)
+    try:
+        stale.bring_home()
+    except WorkerLostError:
+        if lost == "error":
+            raise
+        stale.rollback()
 
 
 def set_log_level(level: int | str) -> None:

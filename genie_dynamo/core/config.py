@@ -218,7 +218,8 @@ class Config:
     verify: float = field(default=0.0, metadata=_per_compile(
         _number(0, 1), "fraction of calls that are compared with local eager"))
     parameters: Literal["local", "remote"] = field(default="local", metadata=_per_compile(
-        _not_yet(_choice("local", "remote"), "local"), "where the truth of parameters is"))
+        _choice("local", "remote"), "where what a compiled optimizer.step changes lives: here too, or on its worker "
+        "until it is read or genie.synchronize is called"))
     microbatches: int = field(default=1, metadata=_per_compile(
         _integer(1, 4096), "parts that a batch is cut into, so that they follow each other through workers"))
     require_lane: str | None = field(default=None, metadata=_per_compile(

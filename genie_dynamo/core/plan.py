@@ -78,6 +78,7 @@ class Plan:
     input_views: tuple[tuple[str, str], ...] = () # (returned value, input whose memory it is a view of)
     state: tuple[str, ...] = ()                   # outputs and new contents of inputs that may stay under a handle too
     rebuilds: tuple[Rebuild, ...] = ()            # those of them that the caller makes itself, from rows that travel
+    stays: tuple[int, ...] = ()                   # mutated inputs whose new content stays on its worker alone
     guards: GuardFacts = field(default_factory=GuardFacts)
 
     def producer(self, value: str) -> Fragment | None:
@@ -100,7 +101,7 @@ class Plan:
         stays on its worker.
         """
         names = [o.name for o in self.outputs if o.kind == "value"]
-        names += [name for _, name in self.mutations]
+        names += [name for index, name in self.mutations if index not in self.stays]
         rebuilt = {recipe.value for recipe in self.rebuilds}
         names = [name for name in names if name not in rebuilt]
         names += [piece for recipe in self.rebuilds for piece in recipe.names("piece")]
@@ -129,7 +130,7 @@ class Plan:
             data["rebuilds"] = tuple(
                 Rebuild(value=r["value"], steps=tuple(Step(**_tuples(step)) for step in r["steps"]))
                 for r in data["rebuilds"])
-            for name in ("inputs", "static_inputs", "mutations", "aliases", "input_views", "state"):
+            for name in ("inputs", "static_inputs", "mutations", "aliases", "input_views", "state", "stays"):
                 data[name] = _tuple(data[name])
             return cls(**data)
         except (TypeError, KeyError, ValueError) as exc:
@@ -193,6 +194,9 @@ def find_problems(plan: Plan, node_inputs: dict[str, tuple[str, ...]] | None = N
     problems += [Problem(None, f"mutation of input {i} takes {v}, which no fragment makes")
                  for i, v in plan.mutations if v not in available or not 0 <= i < len(plan.inputs)]
     problems += [Problem(None, message) for message in _state_problems(plan)]
+    kept = {i for i, _ in plan.mutations} & {*plan.static_inputs}
+    problems += [Problem(None, f"input {i} is to stay on a worker, but is no parameter that the graph changes")
+                 for i in plan.stays if i not in kept]
     if node_inputs is not None:
         problems += [Problem(None, f"node {n} is in no fragment") for n in node_inputs if n not in seen_nodes]
     return problems

@@ -79,8 +79,10 @@ def register() -> None:
         setattr(torch, NAME, Unavailable(unavailable))
         return
     from genie_dynamo.device.module import RemoteAccelerator
+    from genie_dynamo.device.moving import patch_modules
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=RemoteAccelerator())
+    patch_modules(NAME)
     fallback: Any = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
     fallback.fallback(_first_op, "PrivateUse1")
     _libraries.append(fallback)

@@ -12,6 +12,7 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import GenieError, WorkerTimeoutError
 from genie_dynamo.core.plan import Plan
 from genie_dynamo.core.tensors import view_of, view_of_input
+from genie_dynamo.runtime.client import stale
 from genie_dynamo.runtime.client.binding import Binding, BoundProgram, Template
 from genie_dynamo.runtime.client.calls import Answered, Broke, CallState
 from genie_dynamo.runtime.client.connection import POLL_MS, Connection, to_error
@@ -56,6 +57,7 @@ class Answers:
         self._lane = ZmqFrames()
         self._down_reason = "gradients" if backward else "outputs"
         self._final_rng = plan.final_rng
+        self._stays = frozenset(plan.stays)
         self._static_mutations = {name: i for i, name in plan.mutations if i in set(plan.static_inputs)}
 
     def collect(self, workers: Sequence[int], parts: Sequence[Part], state: CallState, args: Sequence[Any],
@@ -198,24 +200,37 @@ class Answers:
                 updates: dict[int, Kept], seen: Seen | None, writes: Sequence[Recipe]) -> None:
         """The call has succeeded on all workers: now, and only now, the caller's tensors change."""
         by_value = {recipe.value: recipe for recipe in writes}
+        place = {p: i for i, p in enumerate(statics.positions)} if seen is not None and statics is not None else {}
         for index, name in self._plan.mutations:
-            if name in named:
+            if index in self._stays and index in updates and index in place:
+                assert seen is not None
+                p, at, form = updates.pop(index)
+                self._leave(session, seen.entries[place[index]], args[index], p.bound.link, p.keeps[at], form)
+            elif name in named:
                 args[index].copy_(named[name])
             elif name in by_value:
                 by_value[name].write(args[index], args, named)
             else:
                 args[index].copy_(args[self._plan.inputs.index(name)])
-        if seen is None or statics is None:
-            return
-        place = {p: i for i, p in enumerate(statics.positions)}
         for index, _ in self._plan.mutations:
-            if index in place and index in updates:
+            if seen is not None and index in place and index in updates:
                 p, at, form = updates[index]
                 self._adopt_update(session, seen.entries[place[index]], args[index], p.bound.link, p.keeps[at], form)
 
     def _expect(self, statics: StaticSet, args: list[Any], seen: Seen) -> None:
         place = {p: i for i, p in enumerate(statics.positions)}
         statics.expect_after_commit(args, seen, [place[index] for index, _ in self._plan.mutations if index in place])
+
+    def _leave(self, session: Session, entry: Entry, tensor: torch.Tensor, link: WorkerLink,
+               handle: tuple[int, int], form: Any) -> None:
+        """The new content stays on its worker and the caller's tensor becomes stale, or it comes down."""
+        entry.sample = entry.sample_view = None         # a second way to the memory
+        if form[1] == tuple(tensor.shape) and form[2] == tensor.stride() and stale.may_be_stale(tensor):
+            session.residency.committed(entry, tensor, handle, link.key, elsewhere=True)
+            stale.mark(session, tensor, link, handle)
+            return
+        tensor.copy_(session.fetch(link, *handle))
+        self._adopt_update(session, entry, tensor, link, handle, form)
 
     def _adopt_update(self, session: Session, entry: Entry, tensor: torch.Tensor, link: WorkerLink,
                       handle: tuple[int, int], form: Any) -> None:

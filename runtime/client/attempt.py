@@ -18,6 +18,7 @@ from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import GenieError, WorkerLostError, WorkerTimeoutError
 from genie_dynamo.core.plan import Plan
 from genie_dynamo.core.wire import pack
+from genie_dynamo.runtime.client import stale
 from genie_dynamo.runtime.client.answers import Answers, Part
 from genie_dynamo.runtime.client.binding import RNG_ARGUMENT, Binding, BoundProgram, Template, bind
 from genie_dynamo.runtime.client.calls import CallState
@@ -41,6 +42,7 @@ class GraphInfo(NamedTuple):
     backward: bool
     bumped: frozenset[int]            # inputs whose version AOTAutograd raises before each call
     label: str                        # for logs: "forward 3"
+    partial: bool = False             # eager code of the same function follows: the graph ended in a break
 
 
 class SessionPart:
@@ -68,6 +70,7 @@ class Attempts:
         self._answers = Answers(plan, self._rules, backward=info.backward, timeout_s=config.timeout_s)
         self._blind = config.awareness == "blind"
         self._up_reason = "gradients" if info.backward else "inputs"
+        self._stays = frozenset(plan.stays)
         self._saves = bool(plan.saved_values())
         self._steady = (plan.num_workers == 1 and not plan.mutations and plan.final_rng is None
                         and not info.backward and not self._blind)
@@ -231,6 +234,8 @@ class Attempts:
         references: list[Any] = [None] * len(bound.arguments)
         for slot, entry, _ in chosen:
             references[slot] = (m.RESIDENT, entry.tensor_id, entry.epoch)
+        if any(stale.is_stale(t) and e.acked.get(bound.link.key) != e.epoch for _, e, t in chosen):
+            stale.bring_home()          # another worker has them: they go the long way
         needs = find_needs(session.residency, bound.link, [e for _, e, _ in chosen], [t for _, _, t in chosen])
         if needs.fresh:
             send_fresh(connection, self._lane, bound.link, needs.fresh, session.telemetry, deadline_s=deadline_s,
@@ -238,7 +243,9 @@ class Attempts:
         if needs.incoming:
             return needs, Template(seen, references, bound.arguments, 0)
         # All of it is known to be there: the next calls may reuse the references without another look.
-        bound.template = Template(seen, references, bound.arguments, session.next_id() if chosen else 0)
+        # What lives there alone (epoch 0) has a new handle in every step, and is named in every call.
+        memorable = bool(chosen) and all(entry.epoch for _, entry, _ in chosen)
+        bound.template = Template(seen, references, bound.arguments, session.next_id() if memorable else 0)
         return needs, bound.template
 
     def _encode(self, session: Session, link: WorkerLink, args: Sequence[Any], index: int,
@@ -257,6 +264,8 @@ class Attempts:
             reason = self._up_reason
             if not isinstance(value, torch.Tensor):
                 return value
+            if stale.is_stale(value):
+                stale.bring_home()      # it travels as an ordinary value here
             if self._blind and index in self.plan.static_inputs:
                 reason = "weights"
             if self._rules.active:
@@ -268,10 +277,11 @@ class Attempts:
         return (m.INLINE, wire)
 
     def _keeps(self, session: Session, bound: BoundProgram) -> tuple[tuple[int, int], ...]:
-        """Handles for what stays: new ids for activations, new epochs for updated parameters and buffers."""
+        """Handles for what stays. Epoch 0 is for what exists nowhere else, and must not be evicted."""
         if not bound.keep_names:
             return ()
-        return tuple((session.next_id(), 1 if i in bound.keep_updates else 0) for i in range(len(bound.keep_names)))
+        again = {i for i, position in bound.keep_updates.items() if position not in self._stays}
+        return tuple([(session.next_id(), 1 if i in again else 0) for i in range(len(bound.keep_names))])
 
     def _abandon(self, session: Session, parts: Sequence[Part], call_id: int, state: CallState) -> None:
         """The call did not happen: tell the workers to forget it, and drop connections with replies under way."""

@@ -23,12 +23,13 @@ class Template:
     Once a call with `number` has succeeded (`known`), the worker remembers them and only the others are sent.
     """
 
-    __slots__ = ("known", "number", "others", "references", "seen")
+    __slots__ = ("has_references", "known", "number", "others", "references", "seen")
 
     def __init__(self, seen: Seen | None, references: list[Any], arguments: Sequence[int], number: int) -> None:
         self.seen = seen
         self.references = references
         self.others = tuple((slot, index) for slot, index in enumerate(arguments) if references[slot] is None)
+        self.has_references = len(self.others) < len(references)
         self.number = number
         self.known = False
 
@@ -80,7 +81,8 @@ class Binding:
     def steady_template(self, seen: Seen | None) -> Template | None:
         """The only program's template, where it holds for what was seen and nothing else about a call is special."""
         template = self.first.template
-        ready = self.first.plain and template.seen is seen and (template.known or not template.number)
+        ready = self.first.plain and template.seen is seen and (
+            template.known or not (template.number or template.has_references))
         return template if ready else None
 
     @property

@@ -20,6 +20,7 @@ from genie_dynamo.core.errors import (
     WorkerLostError,
 )
 from genie_dynamo.core.plan import Plan
+from genie_dynamo.runtime.client import stale
 from genie_dynamo.runtime.client.attempt import Attempts, GraphInfo, SessionPart
 from genie_dynamo.runtime.client.binding import Binding
 from genie_dynamo.runtime.client.saved import collect_handles, handle_of
@@ -60,6 +61,14 @@ class RemoteGraph:
         if part is None:
             part = self._per_session[session] = SessionPart()
             weakref.finalize(self, _drop_programs, weakref.ref(session), part.bindings)
+        if stale.any_stale():
+            if self.info.partial:
+                stale.bring_home()          # eager code follows in the same function, and may read them
+            with stale.lifted():
+                return self._started(session, part, values, started_s)
+        return self._started(session, part, values, started_s)
+
+    def _started(self, session: Session, part: SessionPart, values: list[Any], started_s: float) -> tuple[Any, ...]:
         if self._config.verify and random.random() < self._config.verify:
             return self._verified(session, part, values, started_s)
         return self._call(session, part, values, started_s)
@@ -71,6 +80,7 @@ class RemoteGraph:
         return {b.link.name: b.last_compute_s for b in programs if b.last_compute_s is not None}
 
     def _verified(self, session: Session, part: SessionPart, args: list[Any], started_s: float) -> tuple[Any, ...]:
+        stale.bring_home()
         expected = run_reference(self._run_local, materialize(args, self._get_session))
         outputs = self._call(session, part, args, started_s)
         compare(self.plan, self.info.label, outputs, expected)
@@ -146,6 +156,7 @@ class RemoteGraph:
 
     def _locally(self, session: Session, reason: str, args: list[Any]) -> tuple[Any, ...]:
         session.telemetry.fallback(reason)
+        stale.bring_home()
         return tuple(self._run_local(args))
 
 

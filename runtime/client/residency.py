@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from genie_dynamo.core import tensors
 from genie_dynamo.runtime.client.habits import Habit
+from genie_dynamo.runtime.client.stale import is_stale
 
 DIGEST_BYTES = 64 << 10
 """Contents from this size on are asked for by digest before they are sent for the first time."""
@@ -118,12 +119,18 @@ class Residency:
             if entry.habit is not None or entry.barred:
                 entry.habit, entry.barred = None, False        # met as state before, it is a parameter here
             key = full_key(tensor, tensor._version - bumped)
-            if key != entry.key:
+            if key != entry.key and is_stale(tensor):
+                entry.key = key                                # whoever edits it has it brought here before
+            elif key != entry.key:
                 self._renew(entry, tensor, key)
             return entry
 
-    def committed(self, entry: Entry, tensor: Tensor, handle: tuple[int, int], worker: str) -> None:
-        """A call has changed the tensor, here and on `worker`, where the new content is under `handle`."""
+    def committed(self, entry: Entry, tensor: Tensor, handle: tuple[int, int], worker: str, *,
+                  elsewhere: bool = False) -> None:
+        """A call has changed the tensor, here and on `worker`, where the new content is under `handle`.
+
+        Args: elsewhere: only there (see stale.py).
+        """
         with self.lock:
             self._release(entry)
             entry.tensor_id, entry.epoch = handle
@@ -133,7 +140,16 @@ class Residency:
             entry.step_committed = True
             entry.sent = {worker: epoch}
             entry.acked = {worker: epoch}
-            entry.take_sample(tensor, self._num_samples)
+            if not elsewhere:
+                entry.take_sample(tensor, self._num_samples)
+
+    def came_home(self, tensor: Tensor) -> None:
+        """What was on a worker alone has been copied into the tensor."""
+        with self.lock:
+            entry = self.find(tensor)
+            if entry is not None:
+                entry.take_sample(tensor, self._num_samples)
+                self.stamp += 1
 
     def track(self, tensor: Tensor, key: tuple[Any, ...], habit: Habit) -> Entry:
         """An entry for a tensor that may be state; no worker has it yet."""
@@ -185,6 +201,8 @@ class Residency:
         """The worker lacks something that it was thought to have: send all again, and let it free what it has."""
         with self.lock:
             for entry in list(self._entries.values()):
+                if is_stale(entry.ref()):
+                    continue                                   # it has nothing but this
                 if (epoch := entry.sent.pop(worker, None)) is not None:
                     self._free(worker, (entry.tensor_id, epoch))
                 entry.acked.pop(worker, None)

@@ -19,6 +19,7 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import GenieError, SessionClosedError, WorkerError, WorkerLostError
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
+from genie_dynamo.runtime.client import stale
 from genie_dynamo.runtime.client.connection import STREAM_GRACE_S, beside, to_error
 from genie_dynamo.runtime.client.measuring import hardware_of, links_among
 from genie_dynamo.runtime.client.residency import Residency
@@ -235,6 +236,7 @@ class Session:
         """End the session: workers forget it, embedded ones end. Idempotent; does nothing in a forked child."""
         if self.closed or os.getpid() != self._pid:
             return
+        self._bring_home()
         self.closed = reason
         self._stop.set()
         self._settle()
@@ -250,6 +252,13 @@ class Session:
             if link.embedded is not None:
                 link.embedded.close()
         self._context.destroy(linger=0)
+
+    def _bring_home(self) -> None:
+        """What lives on workers alone comes here while they can be asked."""
+        try:
+            stale.bring_home()
+        except GenieError as error:
+            log.warning("parameters that live on workers alone could not be synchronised: %s", error)
 
     def _settle(self) -> None:
         """Let other threads leave: a ZeroMQ socket must not be closed while its thread is inside it.

@@ -81,7 +81,6 @@ def test_environment_is_parsed(monkeypatch: pytest.MonkeyPatch, name: str, text:
     ("log_level", "LOUD", "DEBUG, INFO"),
     ("log_level", True, "DEBUG, INFO"),
     ("progress", "sometimes", "'auto', 'on', 'off'"),
-    ("parameters", "remote", "not available yet"),
     ("microbatches", 0, "from 1 to 4096"),
     ("require_lane", "smh", "shm"),
     ("qos", "batch", "not available yet"),
