@@ -34,8 +34,8 @@ def table(graph: SemanticGraph) -> str:
 
 
 def _row(region: Region) -> str:
-    flops = f"{region.flops / 1e6:.3g}" if region.flops is not None else "-"
-    moved = f"{region.bytes_moved / 1e6:.3g}" if region.bytes_moved is not None else "-"
+    flops = f"{region.flops / 1e6:.2f}" if region.flops is not None else "-"
+    moved = f"{region.bytes_moved / 1e6:.2f}" if region.bytes_moved is not None else "-"
     ratio = region.arithmetic_intensity
     mark = "" if region.trusted else "?"
     what = " ".join(f"{name}={value}" for name, value in region.annotations)
@@ -114,8 +114,8 @@ def _strip(regions: Sequence[Region]) -> str:
 
 def _html_row(region: Region) -> str:
     colour = _COLOURS.get(region.kind, _OTHER_COLOUR)
-    flops = "&ndash;" if region.flops is None else f"{region.flops / 1e6:.2f}"
-    moved = "&ndash;" if region.bytes_moved is None else f"{region.bytes_moved / 1e6:.2f}"
+    flops = "&ndash;" if region.flops is None else f"{region.flops / 1e6:.3g}"
+    moved = "&ndash;" if region.bytes_moved is None else f"{region.bytes_moved / 1e6:.3g}"
     what = html.escape(", ".join(f"{name} {value}" for name, value in region.annotations))
     nodes = html.escape(" ".join(region.nodes))
     doubt = "" if region.trusted else ' class="doubt"'
