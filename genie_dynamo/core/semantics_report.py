@@ -81,7 +81,8 @@ h1{font-size:1.4rem;margin:0}p.why{color:#555;margin:.2rem 0 1.2rem}table{border
 td,th{text-align:left;padding:.2rem .6rem;border-bottom:1px solid #ddd;vertical-align:top}td.n,th.n{text-align:right;
 font-variant-numeric:tabular-nums}.k{display:inline-block;width:.8rem;height:.8rem;margin-right:.4rem;border-radius:2px}
 td:first-child{white-space:nowrap}.legend{margin:0 0 1.2rem;color:#555}.legend span+span{margin-left:1rem}
-.legend .k{margin-right:.3rem}.strip{display:flex;height:2.2rem;margin:0 0 .5rem;border-radius:4px;overflow:hidden}.strip span{min-width:2px}
+.legend .k{margin-right:.3rem}
+.strip{display:flex;height:2.2rem;margin:0 0 .5rem;border-radius:4px;overflow:hidden}.strip span{min-width:2px}
 .doubt{color:#a40000}details>summary{cursor:pointer}code{font-size:12px;color:#555;overflow-wrap:anywhere}"""
 
 
