@@ -1,6 +1,6 @@
 // The tcp lane: any two hosts. Scatter-gather from where the slices are, straight into where they stay.
 //
-// One stream: on the machines at hand a second one gained nothing (docs/lanes.md). Not encrypted and without keys: for
+// One stream; several were not tried. Not encrypted and without keys: for
 // networks that are trusted, or for loopback. Acknowledgements ride on messages, and go alone before the end sleeps.
 #pragma once
 
