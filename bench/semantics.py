@@ -13,6 +13,7 @@ import torch
 
 from bench.harness import Case, Series, Settings, Target
 from bench.semantics_architectures import HELD_OUT
+from bench.semantics_classifier import Examples, classifier_case, examples_of, joined
 from bench.semantics_optimizers import HELD_OUT_OPTIMIZERS, OPTIMIZERS
 from bench.semantics_samples import (
     DECODED,
@@ -39,11 +40,13 @@ def samples(names: tuple[str, ...], *, decoded: tuple[str, ...] = (),
     yield from optimizer_samples(optimizers)
 
 
-def accuracy(found: Iterable[Sample]) -> dict[tuple[str, bool], Outcome]:
-    """Outcomes by (capture, with names)."""
+def accuracy(found: Iterable[Sample], examples: list[Examples] | None = None) -> dict[tuple[str, bool], Outcome]:
+    """Outcomes by (capture, with names). `examples`: gets those for the classifier too."""
     outcomes: dict[tuple[str, bool], Outcome] = defaultdict(Outcome)
     for sample in found:
         evaluate(sample, outcomes)
+        if examples is not None:
+            examples += examples_of([sample])
     return outcomes
 
 
@@ -81,12 +84,14 @@ def _share(value: float | None) -> str:
 def run(settings: Settings) -> Iterator[Case]:
     torch.set_num_threads(1)
     quick = settings.quick
+    examples: list[Examples] = []
     tuned = samples(_QUICK if quick else all_names(), decoded=DECODED[:2] if quick else DECODED,
                     optimizers=tuple(OPTIMIZERS)[:2] if quick else tuple(OPTIMIZERS))
-    for (kind, named), outcome in accuracy(tuned).items():
+    for (kind, named), outcome in accuracy(tuned, examples).items():
         yield _accuracy_case(kind, named, outcome)
     unseen = samples(tuple(HELD_OUT)[::16 if quick else 1],
                      optimizers=tuple(HELD_OUT_OPTIMIZERS)[:2 if quick else None])
-    for (kind, named), outcome in accuracy(unseen).items():
+    for (kind, named), outcome in accuracy(unseen, examples).items():
         yield _accuracy_case(f"held out, {kind}", named, outcome)
+    yield classifier_case(joined(examples))
     yield time_case(settings)

@@ -105,7 +105,7 @@ TUNED: dict[str, A.Architecture] = {
     "falcon_mamba": A._state_space("FalconMambaForCausalLM", "FalconMambaConfig", {**A._TOKENS, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "use_mambapy": False}),
     "chinese_clip": A._multimodal("ChineseCLIPModel", "ChineseCLIPConfig", {"text_config": A._BERT, "vision_config": A._VIT, "projection_dim": 16}, inputs=make.image_and_text),
     # found by looking at them
-    "openai_gpt": A._decoder("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", _GPT2),
+    "openai_gpt": A._decoder("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", _GPT2, breaks_in_training=True),
     "nemotron": A._decoder("NemotronForCausalLM", "NemotronConfig", A._LLAMA),
     "bitnet": A._decoder("BitNetForCausalLM", "BitNetConfig", A._LLAMA),
     "cohere2": A._decoder("Cohere2ForCausalLM", "Cohere2Config", _llama(sliding_window=8)),
@@ -131,7 +131,7 @@ TUNED: dict[str, A.Architecture] = {
     "groupvit": A._multimodal("GroupViTModel", "GroupViTConfig", {"text_config": A._BERT, "vision_config": {**A._VIT, "depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]}, "projection_dim": 16, "projection_intermediate_dim": 32}, inputs=make.image_and_text),
     "git": A._multimodal("GitForCausalLM", "GitConfig", {**A._BERT, "vision_config": A._VIT}, inputs=_image_and_words),
     "lxmert": A._multimodal("LxmertModel", "LxmertConfig", {**A._BERT, "l_layers": 1, "x_layers": 1, "r_layers": 1, "visual_feat_dim": 16}, inputs=_boxes_and_text, labels=None),
-    "trocr": A._multimodal("VisionEncoderDecoderModel", "VisionEncoderDecoderConfig", {"encoder": {"model_type": "vit",**A._VIT}, "decoder": {"model_type": "trocr",**A._BART, "decoder_layers": 2, "is_decoder": True, "add_cross_attention": True}, "decoder_start_token_id": 1, "pad_token_id": 0}, inputs=_image_and_target),
+    "trocr": A._multimodal("VisionEncoderDecoderModel", "VisionEncoderDecoderConfig", {"encoder": {"model_type": "vit",**A._VIT}, "decoder": {"model_type": "trocr",**A._BART, "decoder_layers": 2, "is_decoder": True, "add_cross_attention": True}, "decoder_start_token_id": 1, "pad_token_id": 0}, inputs=_image_and_target, labels=None),
     "falcon_h1": A._state_space("FalconH1ForCausalLM", "FalconH1Config", _llama(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)),
     "gemma3": A._decoder("Gemma3ForCausalLM", "Gemma3TextConfig", _llama(head_dim=8, sliding_window=8)),
     "qwen2": A._decoder("Qwen2ForCausalLM", "Qwen2Config", A._LLAMA),
@@ -152,7 +152,7 @@ TUNED: dict[str, A.Architecture] = {
     "blenderbot": A._seq2seq("BlenderbotForConditionalGeneration", "BlenderbotConfig", A._BART),
     "prophetnet": A._seq2seq("ProphetNetForConditionalGeneration", "ProphetNetConfig", {**A._TOKENS, "hidden_size": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "max_position_embeddings": 64, "decoder_start_token_id": 1}),
     "efficientnet": A._vision("EfficientNetForImageClassification", "EfficientNetConfig", {"image_size": 64, "width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320}),
-    "dpt": A._vision("DPTForDepthEstimation", "DPTConfig", {**A._VIT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 16, 24, 32], "fusion_hidden_size": 16, "reassemble_factors": [4, 2, 1, 0.5]}, labels=None),
+    "dpt": A._vision("DPTForDepthEstimation", "DPTConfig", {**A._VIT, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 16, 24, 32], "fusion_hidden_size": 16, "reassemble_factors": [4, 2, 1, 0.5]}, labels=None, first_call_in_eager=True),
     "ijepa": A._vision("IJepaForImageClassification", "IJepaConfig", A._VIT),
     "swiftformer": A._vision("SwiftFormerForImageClassification", "SwiftFormerConfig", {"image_size": 64, "embed_dims": [16, 24, 32, 48], "depths": [1, 1, 1, 1]}),
     "hgnet_v2": A._vision("HGNetV2ForImageClassification", "HGNetV2Config", {"embedding_size": 16}),
@@ -179,10 +179,11 @@ TUNED: dict[str, A.Architecture] = {
     "unispeech_sat": A._audio("UniSpeechSatModel", "UniSpeechSatConfig", A._SPEECH),
     "clipseg": A._multimodal("CLIPSegModel", "CLIPSegConfig", _TWO_TOWERS, inputs=make.image_and_text),
     "vipllava": A._multimodal("VipLlavaForConditionalGeneration", "VipLlavaConfig",_language_and_vision("llama", "clip_vision_model", image_token_index=95, image_seq_length=16, vision_feature_layers=[-1, -2]), inputs=make.text_with_image_tokens, first_call_in_eager=True),
-    "clap": A._multimodal("ClapModel", "ClapConfig", {"text_config": A._BERT, "audio_config": {"patch_embeds_hidden_size": 16, "spec_size": 64, "num_mel_bins": 64, "window_size": 4, "depths": [1, 1], "num_attention_heads": [2, 4], "hidden_size": 32, "projection_dim": 16, "enable_fusion": False}, "projection_dim": 16}, inputs=_sound_and_text),
+    "clap": A._multimodal("ClapModel", "ClapConfig", {"text_config": A._BERT, "audio_config": {"patch_embeds_hidden_size": 16, "spec_size": 64, "num_mel_bins": 64, "window_size": 4, "depths": [1, 1], "num_attention_heads": [2, 4], "hidden_size": 32, "projection_dim": 16, "enable_fusion": False}, "projection_dim": 16}, inputs=_sound_and_text, labels=None),
     "rwkv": A._state_space("RwkvForCausalLM", "RwkvConfig", {**A._TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 64}),
     "jamba": A._state_space("JambaForCausalLM", "JambaConfig", _llama(num_hidden_layers=4, num_experts=1, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, use_mamba_kernels=False, mamba_dt_rank=2)),
     "lfm2": A._decoder("Lfm2ForCausalLM", "Lfm2Config", _llama(layer_types=["conv", "full_attention"])),
+    "fnet": A._encoder("FNetForMaskedLM", "FNetConfig", A._BERT),
 }
 
 HELD_OUT: dict[str, A.Architecture] = {
@@ -197,7 +198,6 @@ HELD_OUT: dict[str, A.Architecture] = {
     "flex_olmo": A._moe("FlexOlmoForCausalLM", "FlexOlmoConfig", _llama(num_experts=4, num_experts_per_tok=2)),
     "dots1": A._moe("Dots1ForCausalLM", "Dots1Config", _llama(moe_intermediate_size=16, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, n_shared_experts=1)),
     "xlm_roberta": A._encoder("XLMRobertaForMaskedLM", "XLMRobertaConfig", A._BERT),
-    "fnet": A._encoder("FNetForMaskedLM", "FNetConfig", A._BERT),
     "flaubert": A._encoder("FlaubertWithLMHeadModel", "FlaubertConfig", {**A._TOKENS, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}),
     "eurobert": A._encoder("EuroBertForMaskedLM", "EuroBertConfig", A._LLAMA),
     "longt5": A._seq2seq("LongT5ForConditionalGeneration", "LongT5Config", {**_T5, "local_radius": 3}),

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import runpy
 import sys
 import threading
@@ -14,6 +15,7 @@ from torch import fx
 
 from genie_dynamo import backend, sessions, worker_facts
 from genie_dynamo.core.errors import CostError, PlacementError, SessionError
+from genie_dynamo.core.placement import Placement
 from genie_dynamo.core.plan import Fragment, Plan
 from genie_dynamo.explanation import Explanation, FragmentRow, GraphPlan, Span
 from genie_dynamo.passes.partition import Partition
@@ -192,6 +194,9 @@ def _timeline(plan: Plan, names: Sequence[str], estimates: Mapping[str, float],
     """The placer's schedule where there is one; else fragments one after the other."""
     if partition is not None and partition.placement is not None and partition.placement.start_s:
         starts = partition.placement.start_s
+        if partition.split is not None:
+            return (*_part_spans(plan, names, estimates, starts, partition.split.part),
+                    *_transfer_spans(partition.placement))
         spans = []
         for fragment in plan.fragments:
             inside = [name for name in fragment.node_names if name in starts]
@@ -199,9 +204,7 @@ def _timeline(plan: Plan, names: Sequence[str], estimates: Mapping[str, float],
                 spans.append(Span(lane=names[fragment.worker], label=f"fragment {fragment.fragment_id}",
                                   start_s=min(starts[n] for n in inside),
                                   end_s=max(starts[n] + estimates.get(n, 0.0) for n in inside)))
-        spans += [Span(lane=f"{t.src} to {t.dst}", label=t.node, start_s=t.start_s, end_s=t.end_s)
-                  for t in partition.placement.transfers]
-        return tuple(spans)
+        return (*spans, *_transfer_spans(partition.placement))
     spans, at = [], 0.0
     for fragment in plan.fragments:
         length = _sum(estimates, fragment.node_names)
@@ -209,6 +212,26 @@ def _timeline(plan: Plan, names: Sequence[str], estimates: Mapping[str, float],
                           end_s=at + length))
         at += length
     return tuple(spans)
+
+
+def _transfer_spans(placement: Placement) -> list[Span]:
+    return [Span(lane=f"{t.src} to {t.dst}", label=t.node, start_s=t.start_s, end_s=t.end_s)
+            for t in placement.transfers]
+
+
+def _part_spans(plan: Plan, names: Sequence[str], estimates: Mapping[str, float], starts: Mapping[str, float],
+                part: Mapping[str, int]) -> list[Span]:
+    """A span for as long as a worker stays with one part of the batch."""
+    spans: list[Span] = []
+    for number, worker in enumerate(names):
+        inside = sorted((starts[n], n) for f in plan.fragments if f.worker == number for n in f.node_names
+                        if n in starts and estimates.get(n))
+        for count, each in itertools.groupby(inside, key=lambda pair: part.get(pair[1], -1)):
+            run = list(each)
+            label = f"part {count}" if 0 <= count < max(part.values()) else "all parts"
+            spans.append(Span(lane=worker, label=label, start_s=run[0][0],
+                              end_s=run[-1][0] + estimates.get(run[-1][1], 0.0)))
+    return spans
 
 
 def _sum(estimates: Mapping[str, float], names: Sequence[str]) -> float:

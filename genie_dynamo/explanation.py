@@ -140,7 +140,8 @@ def _section(graph: GraphPlan) -> str:
             f"<p>{html.escape(graph.workload)}, {html.escape(graph.phase)}; estimated {_ms(graph.est_s)}, "
             f"measured {_ms(graph.measured_s)}</p>{unpriced}{_timeline(graph)}<table>"
             "<tr><th>fragment<th>worker<th>nodes<th>estimated<th>measured<th>in<th>out<th>memory"
-            f"<th class=left>regions<th class=left>why here</tr>{rows}</table><ul>{options}</ul></section>")
+            f"<th class=left>regions<th class=left>why here</tr>{rows}</table>"
+            f"<h3>Considered</h3><ul>{options}</ul></section>")
 
 
 def _timeline(graph: GraphPlan) -> str:
@@ -158,7 +159,7 @@ def _timeline(graph: GraphPlan) -> str:
         color = _COLORS[row % len(_COLORS)]
         title = html.escape(f"{span.label}: {_ms(span.start_s)} to {_ms(span.end_s)}")
         parts.append(f'<rect x="{x:.1f}" y="{row * height + 4}" width="{length:.1f}" height="{height - 8}" '
-                     f'fill="{color}"><title>{title}</title></rect>')
+                     f'fill="{color}" stroke="white"><title>{title}</title></rect>')
     bottom = len(lanes) * height + 16
     parts.append(f'<text x="{left}" y="{bottom}">0</text>'
                  f'<text x="{left + width}" y="{bottom}" text-anchor="end">{_ms(end_s)}, estimated</text>')

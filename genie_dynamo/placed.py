@@ -39,7 +39,7 @@ from genie_dynamo.runtime.client.session import Session
 
 log = logging.getLogger(__name__)
 
-TIME_LIMIT_S = 0.5
+TIME_LIMIT_S: float | None = 0.5
 """What planning one graph may take of the call that it happens before."""
 
 Build = Callable[[fx.GraphModule, Assign, Sequence[str]], RemoteGraph]

@@ -14,6 +14,7 @@ from genie_dynamo.core.errors import ConfigError
 from genie_dynamo.core.placement import POLICIES, Placement, Policy
 from genie_dynamo.passes.placement.interfaces import CostModel, Limits, Method, PlacementStrategy
 from genie_dynamo.passes.placement.planner import Planner
+from genie_dynamo.passes.placement.scheduled import ScheduledPlan, scheduled_plan
 
 _SHORT_S = 5.0
 _METHODS = ("auto", "heuristic", "exact")
@@ -59,17 +60,19 @@ class Scheduler:
         """What finds placements from now on."""
         self._strategy = _checked(strategy, PlacementStrategy)
 
-    def schedule(self, graph: Any) -> Placement:
-        """The placement of a cost graph, or of a graph that the cost model knows.
+    def schedule(self, graph: Any) -> ScheduledPlan:
+        """The plan of a cost graph, or of a graph that the cost model knows; `.placement` says how good it is.
 
-        Raises: ConfigError where the graph is no CostGraph and no cost model is set; else what the strategy raises.
+        Raises: ConfigError where the graph is no CostGraph and no cost model is set; PlanError where the strategy's
+                placement does not fit; else what the strategy raises.
         """
         if not isinstance(graph, CostGraph):
             if self._cost_model is None:
                 raise ConfigError(f"a {type(graph).__name__} has no costs; pass a CostGraph, or set_cost_model() first")
             graph = self._cost_model.cost_graph(graph, self._devices)
         with no_long_pauses(self._limits.time_limit_s):
-            return self._strategy.place(graph, self._devices, self._policy, self._limits)
+            placed = self._strategy.place(graph, self._devices, self._policy, self._limits)
+        return scheduled_plan(graph, self._devices, placed)
 
 
 @contextlib.contextmanager

@@ -7,11 +7,13 @@ Measured once per machine, device, number of threads and torch release; kept in 
 """
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import platform
+import resource
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -43,7 +45,9 @@ def cached(device: torch.device, num_threads: int) -> HardwareFacts | None:
     if content is None:
         return None
     try:
-        return HardwareFacts.from_json(json.loads(content))
+        known = HardwareFacts.from_json(json.loads(content))
+        # The limit is this process's own, not the machine's.
+        return dataclasses.replace(known, memory_bytes=_memory_bytes(device))
     except (ValueError, RecursionError, CostError) as error:
         log.warning("measured facts of this machine cannot be used, they are measured again: %s", error)
         return None
@@ -171,5 +175,8 @@ def _memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        # A worker sets itself a limit (worker/main.py), and its owner may have set one for it.
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS))
+        return min([memory_bytes, *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
     return None

@@ -13,8 +13,9 @@ DEFAULT_TORCH_SPEC=$(grep -m1 '^torch==' constraints.txt)
 TORCH_SPEC=${TORCH_SPEC:-$DEFAULT_TORCH_SPEC}
 VENV=.venv
 STAMP=$VENV/.setup-stamp
-# What the native lanes and their tests are built with, as Debian and Ubuntu name it; each is optional.
-SYSTEM_PACKAGES=(g++ pkg-config doctest-dev libdpdk-dev clang)
+# What the native lanes and their tests are built with, and the browser that tests open pages in, as Debian and Ubuntu
+# name it; each is optional.
+SYSTEM_PACKAGES=(g++ pkg-config doctest-dev libdpdk-dev clang chromium)
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }

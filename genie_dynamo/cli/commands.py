@@ -46,16 +46,19 @@ def run_demo(arguments: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- doctor
 def add_doctor(parser: Parser, subparsers: Any) -> None:
     command = parser.add_command(
-        subparsers, "doctor", example="genie doctor\ngenie doctor --json",
+        subparsers, "doctor",
+        example="genie doctor\ngenie doctor --json\ngenie doctor --nic",
         help="versions, hardware and optional parts: what is usable here, and why the rest is not")
+    command.add_argument("--nic", action="store_true",
+                         help="what DPDK could use: NICs and their drivers, hugepages, IOMMU")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run_doctor)
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    from genie_dynamo import doctor
+    from genie_dynamo import doctor, doctor_nic
 
-    report = doctor.examine()
+    report = doctor_nic.examine() if arguments.nic else doctor.examine()
     print(json.dumps(report.to_json(), indent=2) if arguments.json else report)
     return 0 if report.ok else 1
 

@@ -78,9 +78,11 @@ def _quoted(text: str) -> str:
 
 _STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222}
 h1{font-size:1.4rem;margin:0}p.why{color:#555;margin:.2rem 0 1.2rem}table{border-collapse:collapse;width:100%}
-td,th{text-align:left;padding:.2rem .6rem;border-bottom:1px solid #ddd;vertical-align:top}td.n{text-align:right;
+td,th{text-align:left;padding:.2rem .6rem;border-bottom:1px solid #ddd;vertical-align:top}td.n,th.n{text-align:right;
 font-variant-numeric:tabular-nums}.k{display:inline-block;width:.8rem;height:.8rem;margin-right:.4rem;border-radius:2px}
-.strip{display:flex;height:2.2rem;margin:0 0 1.2rem;border-radius:4px;overflow:hidden}.strip span{min-width:2px}
+td:first-child{white-space:nowrap}.legend{margin:0 0 1.2rem;color:#555}.legend span+span{margin-left:1rem}
+.legend .k{margin-right:.3rem}
+.strip{display:flex;height:2.2rem;margin:0 0 .5rem;border-radius:4px;overflow:hidden}.strip span{min-width:2px}
 .doubt{color:#a40000}details>summary{cursor:pointer}code{font-size:12px;color:#555;overflow-wrap:anywhere}"""
 
 
@@ -91,8 +93,8 @@ def page(graph: SemanticGraph) -> str:
                       f"{', '.join(graph.modalities) or 'none known'}; {graph.num_nodes} nodes")
     warnings = "".join(f'<p class="doubt">{html.escape(warning)}</p>' for warning in graph.warnings)
     rows = "".join(_html_row(region) for region in graph.regions)
-    head = "".join(f"<th>{name}</th>" for name in (
-        "region", "sure", "nodes", "MFLOP", "MB", "modality", "module", "what and why"))
+    head = "<th>region</th>" + "".join(f'<th class="n">{name}</th>' for name in ("sure", "nodes", "MFLOP", "MB"))
+    head += "".join(f"<th>{name}</th>" for name in ("modality", "module", "what and why"))
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f"<style>{_STYLE}</style></head><body><h1>{title}</h1><p class=\"why\">{why}</p>"
             f"{_strip(graph.regions)}{warnings}<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
@@ -105,13 +107,16 @@ def _strip(regions: Sequence[Region]) -> str:
         f'<span style="flex:{len(region.nodes)};background:{_COLOURS.get(region.kind, _OTHER_COLOUR)}" '
         f'title="{html.escape(_title(region), quote=True)}"></span>'
         for region in regions if region.kind not in ("modality_encoder", "fusion"))
-    return f'<div class="strip">{blocks}</div>'
+    kinds = dict.fromkeys(region.kind for region in regions)
+    legend = "".join(f'<span><span class="k" style="background:{_COLOURS.get(kind, _OTHER_COLOUR)}"></span>'
+                     f"{html.escape(kind)}</span> " for kind in kinds)
+    return f'<div class="strip">{blocks}</div><p class="legend">{legend}</p>'
 
 
 def _html_row(region: Region) -> str:
     colour = _COLOURS.get(region.kind, _OTHER_COLOUR)
-    flops = "" if region.flops is None else f"{region.flops / 1e6:.2f}"
-    moved = "" if region.bytes_moved is None else f"{region.bytes_moved / 1e6:.2f}"
+    flops = "&ndash;" if region.flops is None else f"{region.flops / 1e6:.3g}"
+    moved = "&ndash;" if region.bytes_moved is None else f"{region.bytes_moved / 1e6:.3g}"
     what = html.escape(", ".join(f"{name} {value}" for name, value in region.annotations))
     nodes = html.escape(" ".join(region.nodes))
     doubt = "" if region.trusted else ' class="doubt"'

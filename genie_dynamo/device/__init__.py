@@ -79,8 +79,10 @@ def register() -> None:
         setattr(torch, NAME, Unavailable(unavailable))
         return
     from genie_dynamo.device.module import RemoteAccelerator
+    from genie_dynamo.device.moving import patch_modules
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=RemoteAccelerator())
+    patch_modules(NAME)
     fallback: Any = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
     fallback.fallback(_first_op, "PrivateUse1")
     _libraries.append(fallback)
@@ -95,10 +97,11 @@ def _first_op(op: Any, *args: Any, **kwargs: Any) -> Any:
 def activate() -> None:
     """Load the device's kernels."""
     if len(_libraries) == 1:
+        from genie_dynamo.device.autocast import register_autocast
         from genie_dynamo.device.patches import patch_torch
         from genie_dynamo.device.registering import register_kernels
 
         fallback = _libraries.pop()
         fallback._destroy()
-        _libraries.extend([None, *register_kernels()])
+        _libraries.extend([None, *register_kernels(), *register_autocast()])
         patch_torch()

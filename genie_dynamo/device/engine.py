@@ -22,7 +22,7 @@ from genie_dynamo.core.fragment import encode
 from genie_dynamo.core.plan import Output
 from genie_dynamo.core.tensors import DTYPES
 from genie_dynamo.device import memory as memories
-from genie_dynamo.device.memory import new_tensor, storage_of, value_in
+from genie_dynamo.device.memory import new_tensor, value_in
 from genie_dynamo.device.nodes import Call, Failed, Layout, Node, item_of, layout, uploaded
 from genie_dynamo.device.record import getitem
 from genie_dynamo.device.structure import Recording, Structure, Variant, collect
@@ -276,34 +276,26 @@ class Engine:
 
     # -- ops whose shapes hang on values ----------------------------------------------------------------------
 
-    def run_now(self, node: Node) -> list[tuple[tuple[int, ...], Layout]]:
-        """Run an op to learn what it makes: `(path, layout)` of its outputs; the values stay on the worker."""
+    def tensors_of(self, node: Node) -> list[torch.Tensor]:
+        """Run an op whose shapes hang on values, to learn them: its outputs, whose values stay on the worker.
+
+        Raises: what the op raises; WorkerError.
+        """
         assert node.call is not None
         count = len(node.call.target._schema.returns)
         unknown = layout((), (), 0, torch.float32)
         parts = [node] if count == 1 else [item_of(node, (i,), unknown, False, getitem) for i in range(count)]
-        for part in parts:
-            part.layout = unknown
-        holders = [new_tensor(part) for part in parts]
-        self.run(())
-        outs: list[tuple[tuple[int, ...], Layout]] = []
-        for index, part in enumerate(parts):
-            _raise_if_failed(part)
-            code, shape, stride = part.value.form
-            part.layout = layout(shape, stride, 0, DTYPES[code])
-            outs.append((() if count == 1 else (index,), part.layout))
-        self._learnt = parts
-        del holders
-        return outs
-
-    def tensors_of(self, node: Node) -> list[torch.Tensor]:
-        """An op whose shapes hang on values, run now: its outputs."""
         with self.lock:
-            self.run_now(node)
-            parts, self._learnt = self._learnt, []
-            return [new_tensor(part) for part in parts]
-
-    _learnt: list[Node] = []  # noqa: RUF012 - set for the length of tensors_of
+            for part in parts:
+                part.layout = unknown
+            holders = [new_tensor(part) for part in parts]       # what nobody holds would not be run
+            self.run(())
+            for part in parts:
+                _raise_if_failed(part)
+                code, shape, stride = part.value.form
+                part.layout = layout(shape, stride, 0, DTYPES[code])
+            del holders
+        return [new_tensor(part) for part in parts]
 
 
 class Program:
@@ -358,11 +350,6 @@ def _raise_if_failed(node: Node) -> None:
 
 def _size_of(own: Layout | None) -> int:
     return own.extent * own.dtype.itemsize if own is not None else 0
-
-
-def nbytes_of(tensor: torch.Tensor) -> int:
-    """Bytes that the tensor's memory takes on the worker."""
-    return _size_of(value_in(storage_of(tensor)).layout)
 
 
 current = Engine()

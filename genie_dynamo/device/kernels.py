@@ -9,6 +9,7 @@ What no schema says stands in special.py.
 """
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,18 @@ from genie_dynamo.device.memory import (
     write,
 )
 from genie_dynamo.device.nodes import Call, Layout, Node, item_of, layout
-from genie_dynamo.device.record import TENSOR, DataDependentError, Op, Tree, flat_layouts, getitem, infer, op
+from genie_dynamo.device.record import (
+    TENSOR,
+    DataDependentError,
+    Op,
+    Tree,
+    as_strided,
+    getitem,
+    infer,
+    op,
+    record,
+    scattered,
+)
 from genie_dynamo.device.twins import Twin, twin_of
 
 Tensor = torch.Tensor
@@ -111,16 +123,11 @@ def outputs_of(own: Op, call: Call, inputs: Sequence[Node], scalars: Sequence[An
     node = own.node(call, inputs, scalars)
     if call.single is not None:
         return new_tensor(node)
-    if not call.outs and any("Tensor" in str(r.type) for r in own.target._schema.returns) \
-            and not _may_be_empty(own.target):
+    if not call.outs and not any("List" in str(r.type) for r in own.target._schema.returns):
         tensors = engine.tensors_of(node)
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
     return structured(own.target, {path: new_tensor(item_of(node, path, out, call.exact, getitem))
                                    for path, out in call.outs})
-
-
-def _may_be_empty(target: OpOverload) -> bool:
-    return any("List" in str(r.type) for r in target._schema.returns)
 
 
 def structured(target: OpOverload, leaves: dict[tuple[int, ...], Any]) -> Any:
@@ -273,8 +280,6 @@ class Mutation:
 
 def resize(tensor: Tensor, shape: Sequence[int], stride: Sequence[int], *, warn: bool = False) -> None:
     """Give a tensor another shape, as resize_ does where nothing else looks at its memory."""
-    import warnings
-
     memory = memory_of(tensor)
     assert memory is not None
     if warn and tensor.numel():
@@ -288,17 +293,12 @@ def resize(tensor: Tensor, shape: Sequence[int], stride: Sequence[int], *, warn:
     if not memory.plain and wanted.extent > memory.node.layout.extent:  # type: ignore[union-attr]
         raise NotImplementedError(
             "resize_ of a tensor of remote_accelerator that has views, to more than its memory; make a new tensor")
-    from genie_dynamo.device.record import record
-
-    fresh = record(torch.ops.aten.empty_strided.default, list(shape), list(stride), dtype=tensor.dtype,
+    value = record(torch.ops.aten.empty_strided.default, list(shape), list(stride), dtype=tensor.dtype,
                    device=torch.device("cpu"))
     count = min(wanted.extent, old.layout.extent)
-    value = fresh
     if count and tensor.numel():
-        from genie_dynamo.device.record import as_strided, scattered
-
         flat = layout((count,), (1,), 0, tensor.dtype)
-        value = scattered(fresh, as_strided(memory.node, flat), flat)
+        value = scattered(value, as_strided(memory.node, flat), flat)
     tensor.data = new_tensor(value)
 
 
@@ -317,4 +317,4 @@ def mutation(target: OpOverload) -> Kernel | None:
     return kernel
 
 
-__all__ = ["flat_layouts", "functional", "mutation", "outputs_of", "resize", "view"]
+__all__ = ["functional", "mutation", "outputs_of", "resize", "view"]

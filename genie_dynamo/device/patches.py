@@ -1,4 +1,4 @@
-"""What torch decides in Python by device type and has no hook for: printing, deepcopy, pickling, pinned memory.
+"""What torch decides in Python by device type and has no hook for: printing, deepcopy, pickling.
 
 Each function is replaced by one that looks whether the tensor is the device's and otherwise calls the original.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch._tensor_str
 
-from genie_dynamo.device.memory import is_ours
+from genie_dynamo.device.memory import alias_of, is_ours, memory_of
 
 Tensor = torch.Tensor
 
@@ -55,8 +55,6 @@ def _patch_deepcopy() -> None:
             storage = self.untyped_storage()
             whole = memo.get(id(storage))
             if whole is None:
-                from genie_dynamo.device.memory import alias_of, memory_of
-
                 memory = memory_of(self)
                 assert memory is not None and memory.node.layout is not None
                 out = memory.node.layout

@@ -168,6 +168,8 @@ void bind_lanes(py::module_& module) {
             return genie::name_of(end);
           },
           py::arg("id"), py::arg("timeout_s"), "How a watched transfer ended, said once; PENDING where it has not.")
+      .def("bytes_moved", &Channel::bytes_moved, py::call_guard<py::gil_scoped_release>(),
+           "How many bytes of an open transfer have left this side.")
       .def("cancel", &Channel::cancel, py::call_guard<py::gil_scoped_release>())
       .def(
           "quiesce", [](Channel& self, double timeout_s) { return self.quiesce(deadline_in(timeout_s)); },

@@ -19,10 +19,15 @@ namespace {
 constexpr std::uint32_t kMemifFrameBytes = 16384 - 64;
 constexpr std::uint32_t kAfPacketFrameSize = 16384, kAfPacketBlockSize = 65536, kAfPacketFrames = 512;
 constexpr std::uint32_t kMaxAfXdpMtu = 3542;          // one page less headroom: larger frames do not come through
+// What a page holds beside headroom (256 + 64), the mbuf's and the pool's headers, and the tail room that newer kernels
+// keep: on 6.18, frames of 3202 bytes with their Ethernet header come through, those of 3394 vanish without a word.
+constexpr std::uint32_t kMaxAfXdpFrameBytes = 3200;
 constexpr std::uint32_t kGatherFromBytes = 1024;      // below, copying costs less than a second mbuf
 constexpr std::uint32_t kMaxExternalBytes = 0xFFFF;   // rte_pktmbuf_attach_extbuf() counts in 16 bits
 constexpr std::uint16_t kDescriptors = 512;
-constexpr unsigned kPoolFrames = 1536, kPoolHeads = 1024, kPoolCache = 64;
+constexpr unsigned kPoolFrames = 1536;
+constexpr unsigned kAfXdpPoolFrames = 4096;           // it takes 2048 to itself, for what may come
+constexpr unsigned kPoolHeads = 1024, kPoolCache = 64;
 
 std::atomic<unsigned> next_number{0};
 
@@ -82,6 +87,7 @@ Port::Port(const PortSpec& spec) : kind_(spec.kind) {
         throw DpdkError("af_xdp frames fit a page: the MTU of '" + spec.where + "' is " + std::to_string(most) +
                         ", at most " + std::to_string(kMaxAfXdpMtu) + " (ip link set " + spec.where + " mtu 3498)");
       }
+      most = std::min(most, kMaxAfXdpFrameBytes);
       device_ = "net_af_xdp" + number;
       arguments = "iface=" + spec.where + ",start_queue=0,queue_count=1";
       break;
@@ -117,12 +123,13 @@ void Port::create_pools(const std::string& name) {
   std::uint32_t room = max_frame_bytes_ + 128;
   if (kind_ == PortKind::kAfXdp) room = 3584;                        // frames stand in the pool itself, each in one page
   if (kind_ == PortKind::kAfPacket) room = kAfPacketFrameSize + 128; // it wants room for its largest frame
-  pool_ = rte_pktmbuf_pool_create(("genie_frames" + name).c_str(), kPoolFrames, kPoolCache, 0,
+  const unsigned frames = kind_ == PortKind::kAfXdp ? kAfXdpPoolFrames : kPoolFrames;
+  pool_ = rte_pktmbuf_pool_create(("genie_frames" + name).c_str(), frames, kPoolCache, 0,
                                   static_cast<std::uint16_t>(RTE_PKTMBUF_HEADROOM + room), SOCKET_ID_ANY);
   heads_ = rte_pktmbuf_pool_create(("genie_heads" + name).c_str(), kPoolHeads, kPoolCache, 0,
                                    RTE_PKTMBUF_HEADROOM + 256, SOCKET_ID_ANY);
   if (pool_ == nullptr || heads_ == nullptr) {
-    throw DpdkError("no memory for the packets of a port: " + std::to_string(kPoolFrames) + " of " + std::to_string(room) +
+    throw DpdkError("no memory for the packets of a port: " + std::to_string(frames) + " of " + std::to_string(room) +
                     " bytes (" + rte_strerror(rte_errno) + "); start DPDK with more, memory_mb");
   }
 }

@@ -119,6 +119,11 @@ bool Channel::cancel(std::uint64_t id) {
   return found;
 }
 
+std::uint64_t Channel::bytes_moved(std::uint64_t id) const {
+  const Lock lock(lock_);
+  return lane_->bytes_moved(id);
+}
+
 bool Channel::quiesce(Deadline until) {
   Lock lock(lock_);
   return wait(lock, [this] { return lane_->quiet() || closed_; }, until, std::chrono::microseconds(0), true);

@@ -55,6 +55,7 @@ class Channel final : public std::enable_shared_from_this<Channel>, private Sink
   // How a watched transfer ended; kPending where it has not, in time. The end is told once.
   [[nodiscard]] End wait_ended(std::uint64_t id, Deadline until);
   [[nodiscard]] bool cancel(std::uint64_t id);
+  [[nodiscard]] std::uint64_t bytes_moved(std::uint64_t id) const;
   // Whether everything that was sent has ended, in time.
   [[nodiscard]] bool quiesce(Deadline until);
   void close();

@@ -151,6 +151,8 @@ class InprocLane final : public Lane {
     return false;
   }
 
+  [[nodiscard]] std::uint64_t bytes_moved(std::uint64_t) const noexcept override { return 0; }
+
   [[nodiscard]] bool quiet() const noexcept override { return open_ == 0; }
 
   void close() noexcept override {

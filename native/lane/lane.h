@@ -146,6 +146,10 @@ class Lane {
   // Whether polling from another thread would move something on: half a message in or out, a queue that is not empty.
   [[nodiscard]] virtual bool in_progress() const noexcept { return false; }
 
+  // How many bytes of a transfer have left this side, while it is open; 0 for one that is not, or where
+  // the lane does not know.
+  [[nodiscard]] virtual std::uint64_t bytes_moved([[maybe_unused]] std::uint64_t id) const noexcept { return 0; }
+
   // Ends a transfer in CANCELLED unless it has ended; what the peer has of it by then it may still get.
   [[nodiscard]] virtual bool cancel(std::uint64_t id) noexcept = 0;
   // Whether everything that was posted has ended. Poll until then, or close.

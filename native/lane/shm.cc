@@ -297,6 +297,11 @@ class ShmLane final : public Lane {
     return false;
   }
 
+  [[nodiscard]] std::uint64_t bytes_moved(std::uint64_t id) const noexcept override {
+    const auto at = std::find_if(untaken_.begin(), untaken_.end(), [id](const Untaken& sent) { return sent.id == id; });
+    return at == untaken_.end() ? 0 : at->size_bytes;
+  }
+
   [[nodiscard]] bool quiet() const noexcept override {
     return num_queued_ == 0 && ends_.empty() &&
            std::none_of(untaken_.begin(), untaken_.end(), [](const Untaken& sent) { return !sent.ended; });

@@ -55,6 +55,11 @@ struct Outgoing {
     return trailer;
   }
   [[nodiscard]] bool started() const noexcept { return part > 0 || sent > 0; }
+  [[nodiscard]] std::uint64_t moved_bytes() const noexcept {
+    std::uint64_t total = part >= 1 && part <= slices.size() ? sent : 0;
+    for (std::size_t i = 1; i < part && i <= slices.size(); ++i) total += slices[i - 1].size_bytes;
+    return total;
+  }
   [[nodiscard]] std::uint64_t size_bytes() const noexcept {
     std::uint64_t total = 0;
     for (const Slice& slice : slices) total += slice.size_bytes;
@@ -213,6 +218,18 @@ class TcpLane final : public Lane {
       return true;
     }
     return false;
+  }
+
+  [[nodiscard]] std::uint64_t bytes_moved(std::uint64_t id) const noexcept override {
+    for (const auto& queue : queues_) {
+      for (const Outgoing& out : queue) {
+        if (!out.bare && out.id == id) return out.moved_bytes();
+      }
+    }
+    for (const Unacked& sent : unacked_) {
+      if (sent.id == id) return sent.size_bytes;
+    }
+    return 0;
   }
 
   [[nodiscard]] bool quiet() const noexcept override {

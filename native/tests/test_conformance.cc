@@ -97,6 +97,18 @@ TEST_CASE("a watched transfer ends in OK once the peer has it, and the sender's 
   });
 }
 
+TEST_CASE("how much of a transfer has left can be asked while it is open") {
+  auto [left, right] = tcp_ends();
+  const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(64 << 20, 1));
+  SendOptions options;
+  options.watch = true;
+  const std::uint64_t id = send(*left, {slice_of(bytes)}, options);
+  const std::uint64_t moved = left->bytes_moved(id);
+  CHECK(moved > 0);
+  CHECK(moved < bytes->size());
+  CHECK(left->bytes_moved(id + 1) == 0);
+}
+
 TEST_CASE("a transfer that nobody takes ends in TIMEOUT") {
   over_each([](Channel& left, Channel& right) {
     SendOptions options;

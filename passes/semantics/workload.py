@@ -64,5 +64,8 @@ def _of_tables(found: Sequence[Found], have: Counter[str], variants: Sequence[st
     if have["embedding"] == 1 and rows & scored:
         return "llm", 0.65, ("a table's rows go in and scores of its rows come out, but nothing known mixes positions: "
                              "a state that it keeps is not seen, and the phase may be another")
+    if any(f.match.kind in ("norm", "mlp", "gated_mlp") and f.match.core[0].rank >= 3 for f in found):
+        return "recsys", 0.6, ("lookups in tables, but their rows stay apart as positions of a sequence do, and "
+                               "nothing known mixes them: it may be text")
     sure = 0.95 if "feature_interaction" in variants or have["embedding"] >= 2 else 0.65
     return "recsys", sure, f"{have['embedding']} lookups in tables against dense layers, and no sequence"

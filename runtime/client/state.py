@@ -63,6 +63,11 @@ def move(session: Session, entry: Entry, tensor: torch.Tensor, link: WorkerLink)
     return True
 
 
+def _is_foreign(tensor: torch.Tensor) -> bool:
+    """Whether the memory is not torch's own (from_numpy, DLPack, a mapped file): its owner writes to it unseen."""
+    return not tensor.untyped_storage().resizable()
+
+
 class StateRules:
     """What is known of one graph's state.
 
@@ -132,6 +137,8 @@ class StateRules:
             habit = self._inputs[index] = Habit("input", index in self._structural)
         size_bytes = tensor.nbytes
         if size_bytes < MIN_STATE_BYTES and (not habit.structural or size_bytes < 64):
+            return None
+        if _is_foreign(tensor):
             return None
         wanted = habit.wanted
         habit.met(size_bytes)
@@ -268,9 +275,9 @@ class StateRules:
     def _overwritten(self, residency: Residency, target: int, tensor: torch.Tensor, habit: Habit,
                      handle: tuple[int, int], link: WorkerLink) -> None:
         entry = residency.find(tensor)
-        if entry is None:
-            residency.born(tensor, habit, handle, link.key)
-        elif entry.barred:
+        if _is_foreign(tensor) or (entry is not None and entry.barred):
             link.frees.append(handle)
+        elif entry is None:
+            residency.born(tensor, habit, handle, link.key)
         else:
             residency.committed(entry, tensor, handle, link.key)

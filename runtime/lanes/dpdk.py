@@ -1,6 +1,6 @@
 """The dpdk lane (native/dpdk/): this process's port, if it was given one, and the lanes over it.
 
-DPDK is started when the first lane is opened or offered, once in the life of a process, and stopped when the process ends.
+DPDK is started when the first lane is opened or offered, once in the life of a process, and stopped when that ends.
 """
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ KINDS = ("memif", "af_packet:INTERFACE", "af_xdp:INTERFACE", "pci:ADDRESS")
 _module: Any = None
 _why_not = ""
 try:
-    from genie_dynamo import _dpdk  # type: ignore[attr-defined]
+    from genie_dynamo import _dpdk
 
     _module = _dpdk
 except ImportError as error:
-    _why_not = (f"not in this build, or its libraries are not here ({error}); it needs libdpdk when the package is built "
-                "(Debian: apt-get install libdpdk-dev)")
+    _why_not = (f"not in this build, or its libraries are not here ({error}); it needs libdpdk when the package is "
+                "built (Debian: apt-get install libdpdk-dev)")
 
 _port: str | None = None
 _facts: dict[str, Any] = {}
@@ -56,6 +56,11 @@ def use_port(port: str | None) -> None:
     _port = port
 
 
+def stays_on_host() -> bool:
+    """Whether this process's port joins processes of one user on one host only."""
+    return _port == "memif"
+
+
 def listen(directory: Path | None = None) -> Any:
     """A native Listener on this process's port. Raises: OSError.
 
@@ -82,7 +87,8 @@ def facts() -> dict[str, Any]:
 
 def describe() -> str:
     """What a dpdk lane would be here, for people."""
-    verified = "not verified on hardware" if _port is not None and _port.startswith("pci:") else "verified on virtual ports"
+    on_hardware = _port is not None and _port.startswith("pci:")
+    verified = "not verified on hardware" if on_hardware else "verified on virtual ports"
     return f"port {_port}; {verified}; {_facts.get('memory', 'DPDK is started with the first lane')}"
 
 

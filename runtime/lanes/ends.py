@@ -5,6 +5,7 @@ An end is used by one thread at a time. What a native lane brings lies in memory
 from __future__ import annotations
 
 import contextlib
+import math
 import socket as socket_module
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,6 +13,10 @@ from typing import Any, Protocol
 import torch
 
 from genie_dynamo.runtime.lanes import dpdk, native, stream
+from genie_dynamo.runtime.lanes.transfer import Transfer
+
+URGENT, NORMAL, BULK = range(3)
+"""Priorities of transfers that wait for the same lane; a message that has begun is never interrupted."""
 
 Message = tuple[bytes, list[torch.Tensor]]
 
@@ -99,6 +104,14 @@ class NativeEnd:
         parts = [header, *frames] if frames else [header]
         while not self.channel.send(parts, self._poll_s, 0, self.digest):
             waiting()
+
+    def post(self, parts: Sequence[Any], priority: int = NORMAL, deadline_s: float = math.inf) -> Transfer | None:
+        """Send buffers that stay as they are until the transfer has ended; None where the lane's queue is full.
+
+        Raises: OSError.
+        """
+        number = self.channel.send(parts, 0.0, 0, self.digest, priority, deadline_s, True)
+        return Transfer(self.channel, number, sum(map(len, parts))) if number else None
 
     def read(self) -> Message | None:
         came = self.channel.receive(self._poll_s, self._spin_s)

@@ -36,8 +36,8 @@ class Offer(NamedTuple):
 def offer(bind: str, bound: str, *, keys: bool) -> list[Offer]:
     """Listen for native lanes beside a worker's own socket; best first. What cannot be offered is logged.
 
-    Args: bind, bound: the address as asked for and as it came out.  keys: whether the worker asks for keys; tcp lanes
-        have none, so then there are no tcp lanes.
+    Args: bind, bound: the address as asked for and as it came out.  keys: whether the worker asks for keys; tcp and
+        dpdk lanes have none, so then there are none of those that leave the host.
     """
     module = native.module()
     if module is None:
@@ -51,7 +51,7 @@ def offer(bind: str, bound: str, *, keys: bool) -> list[Offer]:
         if not keys:
             host = bound.removeprefix("tcp://").rpartition(":")[0]
             wanted.append(("tcp", f"{host}:0"))
-    if not dpdk.why_not():
+    if not dpdk.why_not() and (not keys or dpdk.stays_on_host()):
         wanted.insert(1, ("dpdk", ""))
     offers = []
     for name, address in wanted:

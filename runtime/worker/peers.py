@@ -23,6 +23,7 @@ from genie_dynamo.core.errors import GenieError, ProtocolError
 from genie_dynamo.core.wire import pack, unpack
 from genie_dynamo.runtime.lanes import native
 from genie_dynamo.runtime.lanes.ends import NativeEnd, connect_native
+from genie_dynamo.runtime.lanes.transfer import Transfer
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames, send_parts
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class _Way:
         self.fd = -1
         self.tried = False               # whether a lane was looked for; a message that names no offers does not
         self.reason = "not tried yet"
-        self.unsure: deque[tuple[int, list[Any]]] = deque()
+        self.unsure: deque[tuple[Transfer, list[Any]]] = deque()
 
 
 class Peers:
@@ -87,13 +88,13 @@ class Peers:
         assert end is not None
         try:
             self._settle(way)
-            sent = end.channel.send(parts, 0.0, 0, end.digest, watch=True)
+            sent = end.post(parts)
         except OSError as error:
             self._broke(peer, way, error)
             return False
-        if sent:
+        if sent is not None:
             way.unsure.append((sent, parts))
-        return bool(sent)
+        return sent is not None
 
     def _over_zmq(self, peer: Peer, parts: list[Any]) -> None:
         socket = self._sockets.get(peer.address)
@@ -128,7 +129,7 @@ class Peers:
         channel = way.end.channel
         while (came := channel.try_receive()) is not None:
             log.warning("another worker refused a push: %.200r", came[0])
-        while way.unsure and channel.wait_ended(way.unsure[0][0], 0.0) == "OK":
+        while way.unsure and way.unsure[0][0].done() and way.unsure[0][0].end == "OK":
             way.unsure.popleft()
 
     def _broke(self, peer: Peer, way: _Way, error: OSError) -> None:

@@ -151,7 +151,8 @@ class Runs:
                 raise self.residents.stale(key)
         elif len(argument) == 2 and argument[0] == m.INLINE:
             run.env[value_id] = self._tools.land(argument[1], frames)
-        elif len(argument) == 3 and argument[0] == m.MOVED and (argument[1], argument[2]) not in run.session.tensors:
+        elif (len(argument) == 3 and argument[0] == m.MOVED and type(argument[1]) is type(argument[2]) is int
+              and (argument[1], argument[2]) not in run.session.tensors):
             run.pending.setdefault((argument[1], argument[2]), []).append(value_id)
         elif argument and argument[0] in (m.HELD, m.STORE, m.MOVED):
             run.env[value_id] = self._state(run, argument, frames)

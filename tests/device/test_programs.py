@@ -174,3 +174,20 @@ def test_a_closed_session_takes_its_tensors_and_says_so(own_session: Any) -> Non
     with pytest.raises(genie.StaleHandleError, match="session that was closed"):
         x.cpu()
     assert torch.ones(1, device=DEVICE).item() == 1
+
+
+def test_autocast_lowers_products_and_keeps_sums(session: object) -> None:
+    torch.manual_seed(0)
+    here = nn.Linear(8, 4)
+    there = copy.deepcopy(here).to(DEVICE)
+    x = torch.randn(3, 8)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y = there(x.to(DEVICE))
+        loss = y.softmax(-1).log().sum() + nn.functional.scaled_dot_product_attention(*[y[None]] * 3).sum()
+    assert (y.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
+    loss.backward()
+    assert there.weight.grad.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = here(x)
+    torch.testing.assert_close(y.cpu(), want)
+    assert there(x.to(DEVICE)).dtype == torch.float32

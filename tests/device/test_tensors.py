@@ -181,3 +181,24 @@ def test_copies_are_of_the_moment(session: object) -> None:
     assert there.tolist() == [6, 6, 6]
     assert there.to(torch.float64).dtype == torch.float64
     assert there.to("cpu", torch.int64).tolist() == [6, 6, 6]
+
+
+def test_moving_a_module_keeps_its_parameters(session: object) -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = torch.nn.Linear(3, 3, bias=False)
+            self.two = torch.nn.Linear(3, 3, bias=False)
+            self.two.weight = self.one.weight
+
+    model = Tied()
+    weight = model.one.weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    want = weight.detach() - 1
+    model.to(DEVICE)
+    assert model.one.weight is model.two.weight is weight
+    assert weight.device.type == DEVICE
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert torch.equal(model.cpu().one.weight.detach(), want)
+    assert model.one.weight is model.two.weight is weight

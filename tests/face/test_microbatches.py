@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import genie_dynamo as genie
-from genie_dynamo import parts, sessions, worker_facts
+from genie_dynamo import parts, placed, sessions, worker_facts
 from genie_dynamo.core.errors import ConfigError, UnsupportedGraphError
 from tests.face.test_placed import known
 
@@ -20,6 +20,7 @@ from tests.face.test_placed import known
 def two_workers(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Iterator[None]:
     monkeypatch.setattr(worker_facts, "facts_of", known)
     monkeypatch.setattr(parts, "_said", set())
+    monkeypatch.setattr(placed, "TIME_LIMIT_S", None)      # a fixed amount of search: plans do not depend on the load
     genie.init(workers=2, num_threads=1, strict=True)
     yield
     genie.shutdown()
@@ -73,7 +74,8 @@ def test_a_batch_goes_through_two_workers_in_parts(model: nn.Module, x: torch.Te
             torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
     assert calls() == {"w0": 2, "w1": 2}, "one message for each worker and call"
     moved = genie.get_stats()["by_reason"]
-    assert moved["inputs"]["sent"] == 2 * x.nbytes and moved["outputs"]["received"] == 2 * expected.nbytes
+    # An input that has not changed may stay where it is.
+    assert moved["inputs"]["sent"] <= 2 * x.nbytes and moved["outputs"]["received"] == 2 * expected.nbytes
     assert moved["state"]["received"] == 0 and moved["weights"]["sent"] == 0
 
 
@@ -141,3 +143,4 @@ def test_explain_shows_the_pipeline() -> None:
     assert len(chosen) == 1 and "4 parts of the batch through 2 workers" in chosen[0].name
     assert {f.worker for f in graph.fragments} == {"w0", "w1"}
     assert all(f.est_s and f.measured_s and f.bytes_out for f in graph.fragments)
+    assert {f"part {n}" for n in range(4)} <= {span.label for span in graph.timeline}

@@ -2,15 +2,18 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import genie_dynamo as genie
 from genie_dynamo.core.cost_graph import CostGraph, CostNode, Device
+from genie_dynamo.core.errors import PlanError
 from genie_dynamo.core.placement import Placement, Policy
 from genie_dynamo.passes.placement.interfaces import Limits
 from tests.passes.placement import reference
@@ -132,7 +135,12 @@ def test_without_the_solver(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_scheduler_places_cost_graphs() -> None:
     graph = layered(20, 4, seed=1, transfer_ratio=0.1)
     scheduler = genie.Scheduler(DEVICES, "max_throughput")
-    assert scheduler.schedule(graph).device == genie.place(graph, devices=DEVICES, policy="max_throughput").device
+    plan = scheduler.schedule(graph)
+    assert plan.placement.device == genie.place(graph, devices=DEVICES, policy="max_throughput").device
+    inside = {node: plan.devices[f.worker] for f in plan.fragments for node in f.node_names}
+    assert inside == plan.placement.device
+    assert all(a.worker != b.worker for a, b in itertools.pairwise(plan.fragments)), "runs are as long as they can be"
+    assert "max_throughput" in str(plan) and "fragment" in str(plan)
     with pytest.raises(genie.ConfigError, match="did you mean 'min_cost'"):
         genie.Scheduler(DEVICES, "mincost")    # type: ignore[arg-type]
 
@@ -151,8 +159,17 @@ def test_a_scheduler_takes_a_cost_model_and_a_strategy() -> None:
     with pytest.raises(genie.ConfigError, match="a str has no costs"):
         scheduler.schedule("abc")
     scheduler.set_cost_model(ByLength())
-    assert scheduler.schedule("abc").objective_value == 3.0
+    assert scheduler.schedule("abc").placement.objective_value == 3.0
     scheduler.set_placement_strategy(AllOnTheFirst())
-    assert scheduler.schedule("abc").method == "first" and scheduler.schedule("abc").gap is None
+    placed = scheduler.schedule("abc").placement
+    assert placed.method == "first" and placed.gap is None
+
+    class OfAnother(AllOnTheFirst):
+        def place(self, *args: Any) -> Placement:
+            return replace(super().place(*args), device={"x": "y"})
+
+    scheduler.set_placement_strategy(OfAnother())
+    with pytest.raises(PlanError, match="another graph"):
+        scheduler.schedule("abc")
     with pytest.raises(genie.ConfigError, match=r"int is no genie\.CostModel"):
         scheduler.set_cost_model(3)    # type: ignore[arg-type]

@@ -5,6 +5,7 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -244,6 +245,18 @@ def test_tensors_that_share_memory_without_sharing_a_version_are_never_taken_for
         low.as_strided((8, 512), (512, 1)).zero_()
         same((use(high), use(low)), (torch.zeros(4), torch.zeros(4)))
         same(use(low), torch.zeros(4))
+
+
+@torch.no_grad()
+def test_a_buffer_of_numpy_that_is_filled_again_is_never_taken_for_unchanged() -> None:
+    buffer = np.zeros((16, WIDTH), dtype=np.float32)
+    picture = torch.from_numpy(buffer)
+    read, write = compiled_of(lambda x: x.sum(0)), compiled_of(lambda x, at: x.index_fill_(0, at, 3.0).sum(0))
+    for step in range(6):
+        buffer[:] = step
+        same(read(picture), picture.sum(0))
+        expected = picture.clone().index_fill_(0, torch.tensor([step]), 3.0).sum(0)
+        same(write(picture, torch.tensor([step])), expected)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The C++ tests: optimised in every run, under the sanitizers in the long one."""
+"""The C++ tests: optimised in every run, under the sanitizers in the long one; a bounded run of the fuzzers."""
 from __future__ import annotations
 
 import importlib.util
@@ -40,3 +40,15 @@ def test_the_cpp_tests_pass(preset: str) -> None:
     run(tool("cmake"), "--preset", preset, f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
     run(tool("cmake"), "--build", "--preset", preset)
     run(tool("ctest"), "--preset", preset)
+
+
+def test_fuzzers_find_nothing(tmp_path: Path) -> None:
+    """Three seconds for each target, from a fixed seed; longer by hand: build/native/fuzz/tests/fuzz_session."""
+    if shutil.which("clang++") is None:
+        pytest.skip("clang is not installed (apt-get install clang)")
+    run(tool("cmake"), "--preset", "fuzz", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", "-DGENIE_DPDK=OFF")
+    run(tool("cmake"), "--build", "--preset", "fuzz")
+    built = NATIVE.parent / "build" / "native" / "fuzz" / "tests"
+    for target in ("frame", "sack", "ticket", "session"):
+        run(str(built / f"fuzz_{target}"), "-max_total_time=3", "-seed=1", "-max_len=4096",
+            f"-artifact_prefix={tmp_path}/")

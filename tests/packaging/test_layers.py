@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     "genie_dynamo/core": {"core"},
     "passes": {"core", "passes"},
-    "runtime": {"core", "runtime", "_native"},
+    "runtime": {"core", "runtime", "_native", "_dpdk"},
 }
 # Modules that turn bytes into code or objects, and calls that do.
 FORBIDDEN_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "copyreg", "runpy", "code"}
@@ -83,7 +83,8 @@ def test_a_worker_starts_without_passes_and_face() -> None:
                "print(*(n for n in sys.modules if n.startswith('genie_dynamo.')))")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     # The package's import makes the device known by name; a process that is a worker leaves even that out.
-    by_name = {"genie_dynamo.device", "genie_dynamo.device.module"}
+    by_name = {"genie_dynamo.device", "genie_dynamo.device.module", "genie_dynamo.device.moving"}
     for name in {*done.stdout.split()} - by_name:
-        assert name.startswith(("genie_dynamo.core", "genie_dynamo.runtime", "genie_dynamo._native")), name
+        assert name.startswith(("genie_dynamo.core", "genie_dynamo.runtime", "genie_dynamo._native",
+                                "genie_dynamo._dpdk")), name
         assert not name.startswith("genie_dynamo.runtime.client"), name

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,11 @@ def test_a_call_does_not_wait_for_a_calibration(directory: Path, own_session: An
             assert not connection.socket.poll(0)
             answer, _, _ = connection.receive(time.monotonic() + 60)
     assert isinstance(answer, m.Done) and HardwareFacts.from_json(answer.info).num_threads == 1
+
+
+def test_memory_is_what_this_process_may_take_also_where_facts_were_kept(
+        facts: HardwareFacts, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration.remember(CPU, 1, facts)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1 << 28, 1 << 28))
+    known = calibration.cached(CPU, 1)
+    assert known is not None and known.memory_bytes == 1 << 28

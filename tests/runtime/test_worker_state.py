@@ -190,7 +190,7 @@ def test_a_wrong_number_of_arguments_is_refused_and_the_worker_lives_on(worker: 
     assert run_of(worker.run(3)).env[0] == 3
 
 
-@pytest.mark.parametrize("argument", ["text", (7, 7, 7), (), (m.RESIDENT, 1), b"raw", (m.INLINE,)])
+@pytest.mark.parametrize("argument", ["text", (99, 7, 7), (m.MOVED, "7", 7), (), (m.RESIDENT, 1), b"raw", (m.INLINE,)])
 def test_what_is_not_an_argument_is_a_protocol_error(worker: Worker, argument: Any) -> None:
     assert failure_of(worker.run(argument)).kind == "ProtocolError"
 

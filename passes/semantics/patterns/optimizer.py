@@ -72,7 +72,8 @@ def _step(view: GraphView, node: ViewNode) -> list[ViewNode]:
         current = queue.pop()
         if current.kind != "call":
             continue
-        for producer in current.inputs:
+        # What a copy overwrites is no part of what it makes.
+        for producer in current.inputs[1:] if current.op == "copy" else current.inputs:
             if producer not in seen:
                 seen.add(producer)
                 queue.append(producer)

@@ -156,15 +156,22 @@ def match_recurrent(view: GraphView, node: ViewNode) -> Outcome:
 def _state_of_op(view: GraphView, node: ViewNode, items: tuple[ViewNode, ...]) -> dict[str, Scalar]:
     """Whether the state comes in and goes out, and how many steps the call adds."""
     data = node.inputs[0]
-    states = [p for p in node.inputs[1:] if p.is_float and not p.weighted and p.rank == 3]
+    states = [p for p in node.inputs[1:] if p.is_float and not p.weighted and p.rank in (2, 3)]
     past = any(view.through_views(p).kind != "call" or not view.through_views(p).static for p in states)
     last = [item for item in items if item.args[1] != 0] if len(items) > 1 else []
     steps = data.shape[0 if _time_first(node, data) else 1] if data.shape is not None and data.rank == 3 else 1
-    return {"past": past, "kept": any(map(_leaves, last)), "query_length": steps}
+    return {"past": past, "kept": any(_kept(view, item) for item in last), "query_length": steps}
+
+
+def _kept(view: GraphView, item: ViewNode) -> bool:
+    """Whether a layer's last state leaves the graph, alone or stacked with those of other layers."""
+    return any(n.op == "output" for n in view.forward(item, VIEWS | {"stack", "cat"}, 12))
 
 
 def _time_first(node: ViewNode, data: ViewNode) -> bool:
-    """The ops' last flag is batch_first: of those that take one."""
+    """The ops' last flag is batch_first; the kernel that they become on a CPU has time first."""
+    if node.target.startswith("mkldnn"):
+        return True
     flags = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, bool)]
     return not (flags and flags[-1])
 

@@ -93,6 +93,30 @@ class WriteCache(Attention):
         return self.o(out.transpose(1, 2).reshape(*x.shape))  # type: ignore[no-any-return]
 
 
+class LatentCache(Attention):
+    """What is kept is what keys and values are made of by one more linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.k_up, self.v_up = nn.Linear(D, 6), nn.Linear(6, D), nn.Linear(6, D)
+
+    def forward(self, x: Tensor, latent: Tensor) -> Any:  # type: ignore[override]
+        latent = torch.cat([latent, self.down(x)], dim=1)
+        keys, values = (self.heads(layer(latent), H) for layer in (self.k_up, self.v_up))
+        out = self.mix(self.heads(self.q(x), H), keys, values)
+        return self.o(out.transpose(1, 2).reshape(*x.shape)), latent
+
+
+class ScratchKeys(Attention):
+    """Keys written into fresh memory that nobody keeps."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = torch.empty_like(k), torch.empty_like(v)
+        keys.copy_(k)
+        values.copy_(v)
+        return F.scaled_dot_product_attention(q, keys, values)
+
+
 class LearnedPrefix(Attention):
     """Keys after learned ones: a concatenation, and no cache."""
 
@@ -121,6 +145,80 @@ class FeedForward(nn.Module):
         return x + self.down(inner)  # type: ignore[no-any-return]
 
 
+class NormalisedGate(nn.Module):
+    """A gated MLP whose product is normalised before the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(D, 32), nn.Linear(D, 32), nn.Linear(32, D)
+        self.norm = RootMeanSquare(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.norm(F.silu(self.gate(x)) * self.up(x)))  # type: ignore[no-any-return]
+
+
+class PixelwiseMLP(nn.Module):
+    """1x1 convolution, activation, 1x1 convolution; as a gate of channels it is none."""
+
+    def __init__(self, *, gate: bool) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = gate, nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = image.mean(dim=(2, 3), keepdim=True) if self.gate else image
+        out = self.down(F.relu(self.up(x)))
+        return image * out.sigmoid() if self.gate else image + out
+
+
+class SplitExperts(nn.Module):
+    """Each expert's rows times its own slice of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.flatten(0, 1).split(B * T // 3)
+        return torch.cat([F.linear(part, self.weight[i]) for i, part in enumerate(parts)])
+
+
+class ConstantTable(nn.Module):
+    """A buffer of sines, read by position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(T, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table.index_select(0, torch.arange(T))  # type: ignore[operator]
+
+
+class Lstm(nn.Module):
+    """A recurrence whose state comes in, goes out, both or neither."""
+
+    def __init__(self, *, kept: bool) -> None:
+        super().__init__()
+        self.kept, self.lstm = kept, nn.LSTM(D, D, batch_first=True)
+
+    def forward(self, x: Tensor, h: Tensor | None = None, c: Tensor | None = None) -> Any:
+        out, state = self.lstm(x, None if h is None or c is None else (h, c))
+        return (out, *state) if self.kept else out
+
+
+class Contrastive(nn.Module):
+    """A loss that is written out; or a share of right answers, which is none."""
+
+    def __init__(self, *, report: bool) -> None:
+        super().__init__()
+        self.report, self.linear = report, nn.Linear(D, 5)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        scores = self.linear(x)
+        if self.report:
+            return (scores.argmax(-1) == labels).float().mean()
+        return -F.logsigmoid(scores * (labels[..., None] - 2)).sum(-1).mean()
+
+
 class NormalisedTransform(nn.Module):
     """linear, activation, norm, linear: the transform of a head, no MLP."""
 
@@ -133,9 +231,9 @@ class NormalisedTransform(nn.Module):
 
 
 class RootMeanSquare(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = D) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(D))
+        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight

@@ -12,7 +12,7 @@ from torch import nn
 
 from bench.semantics import accuracy, samples
 from bench.semantics_optimizers import OPTIMIZERS
-from bench.semantics_samples import DECODED, all_names
+from bench.semantics_samples import DECODED, all_names, optimizer_samples
 from bench.semantics_time import synthetic
 from genie_dynamo.core.semantics import SemanticGraph
 from genie_dynamo.passes.semantics.annotate import Annotator
@@ -20,6 +20,7 @@ from genie_dynamo.passes.semantics.carry import AnnotateSemantics, carry_over, m
 from genie_dynamo.passes.semantics.reading import read_graph
 from tests.models import architectures, handwritten
 from tests.models.captures import Capture, compiled_captures, recorded_capture
+from tests.passes.semantics import blocks as b
 
 pytestmark = pytest.mark.heavy
 
@@ -162,6 +163,52 @@ def test_optimizer_step() -> None:
         assert count(graph, "optimizer_update") == 1
 
 
+@pytest.mark.parametrize("name", ["sgd", "sgd_nesterov", "adamw"])
+def test_every_parameter_of_an_optimizer_step_moves_in_a_region(name: str) -> None:
+    for sample in optimizer_samples((name,)):
+        view = sample.view(False)
+        graph, _ = Annotator(names=False).annotate_view(view)
+        held = {n for region in graph.of_kind("optimizer_update") for n in region.nodes}
+        assert graph.phase == "optimizer", (name, sample.capture)
+        for parameter in (n for n in view.nodes if n.op == "parameter" and n.kind != "call" and n.users):
+            assert any(user.name in held for user in parameter.users), (name, sample.capture, parameter)
+
+
+def test_what_is_written_but_not_moved_is_no_optimizer() -> None:
+    """A weight that is set, and an average that follows values: neither is a step of a parameter."""
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4))
+            self.register_buffer("average", torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.weight.copy_(x)
+            self.average.lerp_(x, 0.1)
+            return x * 2
+
+    for graph in graphs(Keeps(), {"x": torch.randn(4)}).values():
+        assert graph.phase == "forward"
+        assert not graph.of_kind("optimizer_update")
+
+
+@pytest.mark.parametrize(("steps", "given", "phase"), [
+    (1, True, "decode"), (6, True, "prefill"), (6, False, "prefill"), (1, False, "prefill")])
+def test_recurrent_state_has_a_phase(steps: int, given: bool, phase: str) -> None:
+    state = {name: torch.zeros(1, b.B, b.D) for name in ("h", "c")} if given else {}
+    inputs = {"x": torch.randn(b.B, steps, b.D), **state}
+    for capture, graph in graphs(b.Lstm(kept=True).eval(), inputs).items():
+        assert graph.phase == phase, capture
+    for capture, graph in graphs(b.Lstm(kept=False).eval(), {"x": inputs["x"]}).items():
+        assert graph.phase == "forward", capture
+
+
+def test_a_prompt_of_one_token_is_prefill() -> None:
+    model, inputs = architectures.build("llama")
+    for graph in graphs(model, {"input_ids": inputs["input_ids"][:, :1]}).values():
+        assert graph.phase == "prefill"
+
+
 def test_modalities_and_where_they_meet() -> None:
     for name, variant, encoders in (("llava", "sequence", ["vision"]), ("clip", "late_interaction", ["text", "vision"]),
                                     ("whisper", "cross_attention", ["audio"])):
@@ -177,6 +224,34 @@ def test_recommenders_have_bags_and_interactions() -> None:
         assert (graph.workload, graph.modalities) == ("recsys", ("tabular",))
         assert [r.annotation("variant") for r in graph.of_kind("embedding")] == ["bag"] * 4
         assert [r.annotation("variant") for r in graph.of_kind("fusion")] == ["feature_interaction"]
+
+
+def test_lookups_need_bandwidth_and_towers_compute() -> None:
+    import genie_dynamo as genie
+
+    model, inputs = handwritten.build("dlrm")
+    graph = genie.analyze(model, **inputs)
+    sparse = [r.arithmetic_intensity for r in graph.of_kind("embedding")]
+    dense = [r.arithmetic_intensity for r in graph.of_kind("mlp")]
+    assert all(a is not None and b is not None and a * 4 < b for a in sparse for b in dense)
+    assert all(r.bytes_moved for r in graph.of_kind("embedding"))
+
+
+def test_rows_that_stay_a_sequence_make_no_sure_recommender() -> None:
+    """Positions mixed by a Fourier transform: no rule knows it, so the answer has a warning."""
+    class Fourier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.segments, self.norm = nn.Embedding(50, b.D), nn.Embedding(9, b.D), nn.LayerNorm(b.D)
+
+        def forward(self, ids: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+            x = self.table(ids) + self.segments(kinds)
+            return self.norm(x + torch.fft.fft(x, dim=1).real)  # type: ignore[no-any-return]
+
+    ids = torch.randint(9, (b.B, b.T))
+    for graph in graphs(Fourier(), {"ids": ids, "kinds": ids}).values():
+        assert graph.confidence < 0.7
+        assert any("may be text" in warning for warning in graph.warnings)
 
 
 def test_a_detector_has_backbone_neck_and_head() -> None:

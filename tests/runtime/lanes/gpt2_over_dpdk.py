@@ -21,8 +21,8 @@ def main(port: str, address: str | None) -> None:
 
     torch.manual_seed(0)
     cores = os.sched_getaffinity(0)
-    config = GPT2Config(n_layer=2, n_head=4, n_embd=128, vocab_size=1000, n_positions=64, attn_pdrop=0.0, embd_pdrop=0.0,
-                        resid_pdrop=0.0)
+    config = GPT2Config(n_layer=2, n_head=4, n_embd=128, vocab_size=1000, n_positions=64, bos_token_id=None,
+                        eos_token_id=None, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
     model = GPT2LMHeadModel(config).eval()
     tokens = torch.randint(1000, (2, 24))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Two network namespaces joined by a veth pair, gone when the test is; what a dpdk test needs and why it is not here."""
+"""Two network namespaces joined by a veth pair, gone when the test is; and why dpdk cannot be tested here."""
 from __future__ import annotations
 
 import contextlib

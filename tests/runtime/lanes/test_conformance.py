@@ -10,7 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from genie_dynamo.runtime.lanes.ends import BULK, URGENT, NativeEnd
 from genie_dynamo.runtime.lanes.native import to_own_tensor, to_tensor
+from genie_dynamo.runtime.lanes.transfer import TransferError
 from tests.runtime.lanes.ends import KINDS, Peer, mapped_segments, native, open_files
 
 
@@ -126,6 +128,38 @@ def test_cancel_and_close_are_told_apart(peer: Peer) -> None:
     peer.channel.close()
     assert _ended(peer, first) == "CANCELLED"
     assert peer.channel.close_end == "CANCELLED"
+
+
+def test_a_transfer_is_a_future(peer: Peer) -> None:
+    end = NativeEnd(peer.channel, 1.0, 0.0, digest=False)
+    learnt: list[str] = []
+    transfer = end.post([b"head", payload(100_000).numpy()])
+    assert transfer is not None
+    transfer.add_done_callback(lambda t: learnt.append(t.end))
+    assert transfer.result(10.0) == 100_004
+    assert transfer.done() and transfer.progress() == 1.0
+    assert learnt == ["OK"]
+    transfer.add_done_callback(lambda t: learnt.append("again"))
+    assert learnt == ["OK", "again"]
+    assert not transfer.cancel()
+
+
+@pytest.mark.parametrize("peer", ["deaf"], indirect=True)
+def test_a_future_says_how_it_failed(peer: Peer) -> None:
+    end = NativeEnd(peer.channel, 1.0, 0.0, digest=False)
+    cancelled, late, lost = end.post([b"a"]), end.post([b"b"], URGENT, 0.1), end.post([b"c"], BULK)
+    assert cancelled is not None and late is not None and lost is not None
+    assert not cancelled.done()
+    assert cancelled.cancel()
+    with pytest.raises(TimeoutError):
+        lost.result(0.01)
+    for transfer, expected in ((cancelled, "CANCELLED"), (late, "TIMEOUT")):
+        with pytest.raises(TransferError) as caught:
+            transfer.result(5.0)
+        assert caught.value.end == transfer.end == expected
+    peer.signal(signal.SIGKILL)
+    with pytest.raises(TransferError, match="PEER_LOST"):
+        lost.result(5.0)
 
 
 def test_the_gil_is_free_while_a_thread_waits(peer: Peer) -> None:
