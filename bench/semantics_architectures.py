@@ -1,7 +1,7 @@
 """Architectures beyond those of the tests: some that patterns were tuned with, some that they never saw.
 
     TUNED       were held out once; then patterns, or the truth, were changed because of them
-    HELD_OUT    were in neither; nobody looked at what the patterns do with them before their numbers were written down
+    HELD_OUT    no pattern was changed because of one; rules of the truth were adjusted knowing totals of such groups
 
 A pattern that is changed because of an architecture of HELD_OUT makes it one of TUNED. Which of the two a new
 architecture belongs to was decided by a checksum of its name.
