@@ -79,11 +79,12 @@ class Attempts:
         """One attempt; `started_s` is when the call began. Raises: whatever stops it; then nothing has changed."""
         handles = collect_handles(args) if self.info.backward else {}
         binding = self._choose(session, part, handles, args)
-        if self._steady and (template := binding.settled_template()) is not None:
+        if self._steady and (settled := binding.settled_template()) is not None:
             # Looking at many parameters takes as long as a small run: the worker begins meanwhile.
+            expected = settled.seen
             try:
-                return steady_call(session, binding.first, template, self._rules, args, self._config.timeout_s,
-                                   started_s, lambda: self._look(session, part, args) is template.seen)
+                return steady_call(session, binding.first, settled, self._rules, args, self._config.timeout_s,
+                                   started_s, lambda: self._look(session, part, args) is expected)
             except ChangedError:
                 session.telemetry.event("parameters changed, call begun anew")
         seen = self._look(session, part, args)
