@@ -87,6 +87,22 @@ def test_a_data_edit_of_a_frozen_tensor_needs_invalidate() -> None:
     assert epochs(statics.check([p])) != before
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_memory_that_is_freed_and_given_out_again_is_another(frozen: bool) -> None:
+    place = bytearray(64)
+    parameter = torch.nn.Parameter(torch.zeros(16), requires_grad=not frozen)
+    parameter.data = torch.frombuffer(place, dtype=torch.float32)
+    statics = StaticSet(Table(num_samples=0).residency, (0,), NOTHING)
+    before = epochs(statics.check([parameter]))
+    address, version = parameter.data_ptr(), parameter._version
+    parameter.data = torch.ones(16)
+    parameter.data = torch.frombuffer(place, dtype=torch.float32)
+    assert (parameter.data_ptr(), parameter._version) == (address, version)
+    after = statics.check([parameter])
+    assert epochs(after) != before
+    assert statics.check([parameter]) is after
+
+
 def test_a_data_edit_of_all_parameters_is_seen_in_one_look_however_many_there_are() -> None:
     module = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(20)])
     args = list(module.parameters())
