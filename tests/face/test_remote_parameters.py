@@ -185,6 +185,25 @@ def test_aliases_that_are_held_stay_true(session: object) -> None:
     close(remote.weight, eager.weight)
 
 
+def test_a_step_whose_new_contents_cannot_be_fetched_has_changed_nothing(
+        session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, remote = pair()
+    last = list(remote.net.parameters())[-1]
+    view, fetch, failed = last.detach(), type(session).fetch, []
+
+    def fail_once(self: Any, *args: Any) -> Any:
+        if not failed:
+            failed.append(stale.any_stale())
+            raise WorkerLostError("the worker went after it had answered")
+        return fetch(self, *args)
+
+    monkeypatch.setattr(type(session), "fetch", fail_once)
+    eager.run(1)
+    remote.run(1)
+    assert failed == [False]
+    close((view, list(remote.net.parameters())), (list(eager.net.parameters())[-1], list(eager.net.parameters())))
+
+
 EDITS: dict[str, Callable[[Loop], Any]] = {
     "data": lambda loop: loop.weight.data.mul_(0.5),
     "in place": lambda loop: nn.init.constant_(loop.weight, 0.25),
