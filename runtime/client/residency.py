@@ -156,6 +156,9 @@ class Residency:
     def track(self, tensor: Tensor, key: tuple[Any, ...], habit: Habit) -> Entry:
         """An entry for a tensor that may be state; no worker has it yet."""
         with self.lock:
+            entry = self.find(tensor)
+            if entry is not None and entry.key == key:
+                return entry                                   # another thread was faster
             entry = Entry(tensor, self._next_id(), self._died)
             entry.epoch, entry.key, entry.habit = self.next_epoch(), key, habit
             self._entries[id(tensor)] = entry

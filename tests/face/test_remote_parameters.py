@@ -201,7 +201,8 @@ def test_a_step_whose_new_contents_cannot_be_fetched_has_changed_nothing(
     eager.run(1)
     remote.run(1)
     assert failed == [False]
-    close((view, list(remote.net.parameters())), (list(eager.net.parameters())[-1], list(eager.net.parameters())))
+    expected = list(eager.net.parameters())
+    close((view, list(remote.net.parameters())), (expected[-1], expected))
 
 
 EDITS: dict[str, Callable[[Loop], Any]] = {

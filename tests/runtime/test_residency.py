@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from genie_dynamo.runtime.client.residency import Residency, Seen, StaticSet
+from genie_dynamo.runtime.client.habits import Habit
+from genie_dynamo.runtime.client.residency import Residency, Seen, StaticSet, full_key
 
 NOTHING: frozenset[int] = frozenset()
 
@@ -151,6 +152,12 @@ def test_a_lost_worker_holds_nothing() -> None:
     first.entries[0].sent["w0/i"] = first.entries[0].acked["w0/i"] = first.entries[0].epoch
     table.residency.worker_gone("w0/i")
     assert statics.check([p]) is not first and not first.entries[0].acked
+
+
+def test_two_threads_that_meet_a_tensor_first_use_one_entry() -> None:
+    table, tensor = Table().residency, torch.zeros(4)
+    key = full_key(tensor, tensor._version)
+    assert table.track(tensor, key, Habit("input")) is table.track(tensor, key, Habit("input"))
 
 
 def test_an_old_content_is_freed_where_it_was() -> None:
