@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import genie_dynamo as genie
+from genie_dynamo import fused
 from genie_dynamo.core.errors import ConfigError, WorkerLostError
 from genie_dynamo.runtime.client import stale
 
@@ -183,6 +184,18 @@ def test_aliases_that_are_held_stay_true(session: object) -> None:
     remote.run(1)
     assert stale.is_stale(remote.weight)
     close(remote.weight, eager.weight)
+
+
+def test_a_fused_optimizer_is_said_and_counted(session: object) -> None:
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    step = torch.compile(lambda: optimizer.step(), backend="genie", options={"parameters": "remote"})
+    before = genie.get_stats()["fallbacks"].get(fused.REASON, 0)
+    for _ in range(2):
+        net(torch.randn(2, 8)).sum().backward()
+        step()
+        optimizer.step()
+    assert genie.get_stats()["fallbacks"][fused.REASON] == before + 2
 
 
 def test_a_step_whose_new_contents_cannot_be_fetched_has_changed_nothing(

@@ -107,7 +107,8 @@ def values_of(graph: Captured, names: set[str]) -> dict[str, Any]:
     (append, (CACHE, X)), (append_in_front, (CACHE, X)), (append_twice, (CACHE, X)), (append_and_crop, (WINDOW, X)),
     (append_transposed, (CACHE, X)), (write_by_index, (CACHE, X, AT)), (write_by_brackets, (CACHE, X, AT)),
     (write_by_part_of_an_index, (CACHE, X, torch.tensor([5, 5]))), (write_a_slice, (CACHE, X)),
-    (write_a_row, (CACHE, X)), (shift_window, (WINDOW, X)), (roll_and_write, (WINDOW, X)), (shift_by_a_view_of_itself, (CACHE, X)),
+    (write_a_row, (CACHE, X)), (shift_window, (WINDOW, X)), (roll_and_write, (WINDOW, X)),
+    (shift_by_a_view_of_itself, (CACHE, X)),
     (append, (CACHE.to(memory_format=torch.channels_last), X.to(memory_format=torch.channels_last))),
     (append, (CACHE.bfloat16(), X.double())),
 ])
