@@ -30,6 +30,7 @@ from genie_dynamo.core.errors import ConfigError, UnsupportedGraphError
 from genie_dynamo.core.fragment import encode
 from genie_dynamo.core.plan import GuardFacts
 from genie_dynamo.device.compiled import is_on_device, recorded
+from genie_dynamo.fused import remote_call
 from genie_dynamo.parts import Parts
 from genie_dynamo.passes.facts import read_facts, read_guards
 from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
@@ -198,7 +199,9 @@ def _wrap_calls() -> bool:
     """
     def context_of(self: Any) -> Any:
         backend = self.__dict__.get("_torchdynamo_orig_backend")
-        return getattr(getattr(backend, "compiler_fn", backend), "backend_ctx_ctor", contextlib.nullcontext)
+        context = getattr(getattr(backend, "compiler_fn", backend), "backend_ctx_ctor", contextlib.nullcontext)
+        options = getattr(backend, "kwargs", {}).get("options") or {}
+        return remote_call if context is stale.lifted and options.get("parameters") == "remote" else context
 
     WrapBackendDebug.backend_ctx_ctor = property(context_of)  # type: ignore[attr-defined]
     hidden = torch._TorchCompileWrapper(genie, None, None, None)  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -201,36 +201,49 @@ class Answers:
         """The call has succeeded on all workers: now, and only now, the caller's tensors change."""
         by_value = {recipe.value: recipe for recipe in writes}
         place = {p: i for i, p in enumerate(statics.positions)} if seen is not None and statics is not None else {}
+        entries = {index: seen.entries[at] for index, at in place.items()} if seen is not None else {}
+        home = self._fetch_home(session, args, updates, entries) if self._stays else {}
         for index, name in self._plan.mutations:
-            if index in self._stays and index in updates and index in place:
-                assert seen is not None
-                p, at, form = updates.pop(index)
-                self._leave(session, seen.entries[place[index]], args[index], p.bound.link, p.keeps[at], form)
+            if index in home:
+                args[index].copy_(home[index])
+            elif index in self._stays and index in updates:
+                p, at, _ = updates.pop(index)
+                session.residency.committed(entries[index], args[index], p.keeps[at], p.bound.link.key, elsewhere=True)
+                stale.mark(session, args[index], p.bound.link, p.keeps[at])
             elif name in named:
                 args[index].copy_(named[name])
             elif name in by_value:
                 by_value[name].write(args[index], args, named)
             else:
                 args[index].copy_(args[self._plan.inputs.index(name)])
-        for index, _ in self._plan.mutations:
-            if seen is not None and index in place and index in updates:
-                p, at, form = updates[index]
-                self._adopt_update(session, seen.entries[place[index]], args[index], p.bound.link, p.keeps[at], form)
+        for index, (p, at, form) in updates.items():
+            if index in entries:
+                self._adopt_update(session, entries[index], args[index], p.bound.link, p.keeps[at], form)
+            else:
+                p.bound.link.frees.append(p.keeps[at])
 
     def _expect(self, statics: StaticSet, args: list[Any], seen: Seen) -> None:
         place = {p: i for i, p in enumerate(statics.positions)}
         statics.expect_after_commit(args, seen, [place[index] for index, _ in self._plan.mutations if index in place])
 
-    def _leave(self, session: Session, entry: Entry, tensor: torch.Tensor, link: WorkerLink,
-               handle: tuple[int, int], form: Any) -> None:
-        """The new content stays on its worker and the caller's tensor becomes stale, or it comes down."""
-        entry.sample = entry.sample_view = None         # a second way to the memory
-        if form[1] == tuple(tensor.shape) and form[2] == tensor.stride() and stale.may_be_stale(tensor):
-            session.residency.committed(entry, tensor, handle, link.key, elsewhere=True)
-            stale.mark(session, tensor, link, handle)
-            return
-        tensor.copy_(session.fetch(link, *handle))
-        self._adopt_update(session, entry, tensor, link, handle, form)
+    def _fetch_home(self, session: Session, args: Sequence[Any], updates: Mapping[int, Kept],
+                    entries: Mapping[int, Entry]) -> dict[int, torch.Tensor]:
+        """New contents that cannot stay on their worker alone. They come before anything changes: a fetch can fail."""
+        home = {}
+        try:
+            for index in self._stays & updates.keys():
+                (p, at, form), tensor = updates[index], args[index]
+                if index in entries:
+                    entries[index].sample = entries[index].sample_view = None       # a second way to the memory
+                if index not in entries or form[1] != tuple(tensor.shape) or form[2] != tensor.stride() \
+                        or not stale.may_be_stale(tensor):
+                    home[index] = session.fetch(p.bound.link, *p.keeps[at])
+        except BaseException:
+            for p, at, _ in updates.values():
+                p.bound.link.frees.append(p.keeps[at])
+            session.residency.touch([args[index] for index in entries])             # which takes new samples
+            raise
+        return home
 
     def _adopt_update(self, session: Session, entry: Entry, tensor: torch.Tensor, link: WorkerLink,
                       handle: tuple[int, int], form: Any) -> None:

@@ -25,7 +25,7 @@ class Recipe:
         self.text = str(recipe)
         self._steps = [(_resolve(step.op), [_reader(arg, index_of) for arg in step.args]) for step in recipe.steps]
         self._ends_in_view = recipe.steps[-1].op in VIEWS
-        self._indices = [_reader(step.args[INDEXED[step.op]], index_of) for step in recipe.steps
+        self._indices = [_reader(step.args[INDEXED[step.op]], index_of, recipe.steps) for step in recipe.steps
                          if step.op in INDEXED]
         self._write = _in_place(recipe, plan, target)
 
@@ -35,8 +35,8 @@ class Recipe:
             index = read(args, pieces, [])
             for item in index if isinstance(index, list) else [index]:
                 if item is not None and item.dtype != torch.bool and item.numel() > 1 \
-                        and item.unique().numel() != item.numel():
-                    return False
+                        and (item.unique().numel() != item.numel() or bool((item < 0).any() != (item < 0).all())):
+                    return False        # -1 and the last row are one: signs that mix are not looked into
         return True
 
     def make(self, args: Sequence[Any], pieces: Mapping[str, Any]) -> torch.Tensor:
@@ -71,7 +71,8 @@ def _resolve(op: str) -> Any:
     return getattr(getattr(getattr(torch.ops, namespace), name), overload)
 
 
-def _reader(arg: Any, index_of: Mapping[str, int]) -> Read:
+def _reader(arg: Any, index_of: Mapping[str, int], steps: Sequence[Step] = ()) -> Read:
+    """Args: steps: the recipe's, where a step has to be carried out again because none has been yet."""
     if type(arg) is not tuple:
         return lambda args, pieces, made: arg
     kind: str = arg[0]
@@ -81,9 +82,13 @@ def _reader(arg: Any, index_of: Mapping[str, int]) -> Read:
         return lambda args, pieces, made: args[index]
     if kind == "piece":
         return lambda args, pieces, made: pieces[target]
+    if kind == "step" and steps:
+        function = _resolve(steps[target].op)
+        inner = [_reader(item, index_of, steps) for item in steps[target].args]
+        return lambda args, pieces, made: function(*[read(args, pieces, made) for read in inner])
     if kind == "step":
         return lambda args, pieces, made: made[target]
-    readers = [_reader(item, index_of) for item in arg[1:]]
+    readers = [_reader(item, index_of, steps) for item in arg[1:]]
     return lambda args, pieces, made: [read(args, pieces, made) for read in readers]
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from genie_dynamo.core import tensors
@@ -77,8 +78,9 @@ class Entry:
 
 
 def full_key(tensor: Tensor, version: int) -> tuple[Any, ...]:
-    """Address, version and layout."""
-    return (tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape), tensor.stride())
+    """Address, version and layout; and the memory, since a freed address is given out again (two assigned `.data`)."""
+    return (tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape), tensor.stride(),
+            StorageWeakRef(tensor.untyped_storage()))  # type: ignore[no-untyped-call]
 
 
 class Residency:
@@ -154,6 +156,9 @@ class Residency:
     def track(self, tensor: Tensor, key: tuple[Any, ...], habit: Habit) -> Entry:
         """An entry for a tensor that may be state; no worker has it yet."""
         with self.lock:
+            entry = self.find(tensor)
+            if entry is not None and entry.key == key:
+                return entry                                   # another thread was faster
             entry = Entry(tensor, self._next_id(), self._died)
             entry.epoch, entry.key, entry.habit = self.next_epoch(), key, habit
             self._entries[id(tensor)] = entry
@@ -314,14 +319,24 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
 register_optimizer_step_post_hook(_after_optimizer_step)
 
 
+_expired: Any = torch.UntypedStorage._expired
+
+
 class Seen:
     """What a StaticSet found when it last looked: entries, and the cheap keys under which they are unchanged."""
 
-    __slots__ = ("entries", "pointers", "sampled", "stamp", "versions")
+    __slots__ = ("_memory", "_memory_ids", "entries", "pointers", "sampled", "stamp", "versions")
 
     def __init__(self, entries: tuple[Entry, ...], versions: list[int], pointers: list[int], stamp: int) -> None:
         self.entries, self.versions, self.pointers, self.stamp = entries, versions, pointers, stamp
         self.sampled = [e for e in entries if e.sample is not None]
+        # A sample holds the memory, so that its address cannot be given out again.
+        self._memory: list[StorageWeakRef] = [e.key[-1] for e in entries if e.sample is None and e.key is not None]
+        self._memory_ids = [memory.cdata for memory in self._memory]
+
+    def memory_gone(self) -> bool:
+        """Whether memory that was looked at has been freed: something else may be at its address now."""
+        return any(map(_expired, self._memory_ids))
 
 
 class StaticSet:
@@ -345,7 +360,8 @@ class StaticSet:
         pointers = list(map(Tensor.data_ptr, statics))
         seen, residency = self._seen, self._residency
         if (seen is not None and seen.versions == versions and seen.pointers == pointers
-                and seen.stamp == residency.stamp and not residency.sample_round(seen.sampled)):
+                and seen.stamp == residency.stamp and not seen.memory_gone()
+                and not residency.sample_round(seen.sampled)):
             return seen
         with residency.lock:
             stamp = residency.stamp

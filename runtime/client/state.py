@@ -126,7 +126,7 @@ class StateRules:
                 return (m.MOVED, entry.tensor_id, entry.epoch)
         else:
             residency.edited(entry, tensor, key)
-        if tensor.nbytes < MIN_STATE_BYTES and index not in self._structural:
+        if (tensor.nbytes < MIN_STATE_BYTES and index not in self._structural) or _is_foreign(tensor):
             return None
         return self._store(entry, link, tensor, "state", frames, sent, stored)
 

@@ -161,8 +161,19 @@ class Residents:
             return []
         if message.epoch < 1:
             raise ProtocolError(f"state has an epoch above 0, tensor {message.tensor_id} came with {message.epoch}")
-        tensor = self._tools.own(self._tools.land(message.tensor, frames))
-        return self._store(session, (message.tensor_id, message.epoch), tensor)
+        key = (message.tensor_id, message.epoch)
+        if key in session.tensors:
+            return []            # it came twice, or from somebody who should not: what is resident never changes
+        try:
+            tensor = self._tools.own(self._tools.land(message.tensor, frames))
+            self.keep(session, key, tensor)
+            self.make_room(session, {key})
+        except Exception as error:
+            self.discard(session, key)
+            failed = self.broke(session, key, error)    # the run that waits for it need not wait until it is late
+            del session.broken[key]                     # and nobody else asks
+            return failed
+        return self.arrived(session, key, tensor)
 
     def fetch(self, session: SessionRecord, event: Received) -> list[Command]:
         message: m.Fetch = event.message  # type: ignore[assignment]

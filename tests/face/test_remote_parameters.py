@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import genie_dynamo as genie
+from genie_dynamo import fused
 from genie_dynamo.core.errors import ConfigError, WorkerLostError
 from genie_dynamo.runtime.client import stale
 
@@ -183,6 +184,38 @@ def test_aliases_that_are_held_stay_true(session: object) -> None:
     remote.run(1)
     assert stale.is_stale(remote.weight)
     close(remote.weight, eager.weight)
+
+
+def test_a_fused_optimizer_is_said_and_counted(session: object) -> None:
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    step = torch.compile(lambda: optimizer.step(), backend="genie", options={"parameters": "remote"})
+    before = genie.get_stats()["fallbacks"].get(fused.REASON, 0)
+    for _ in range(2):
+        net(torch.randn(2, 8)).sum().backward()
+        step()
+        optimizer.step()
+    assert genie.get_stats()["fallbacks"][fused.REASON] == before + 2
+
+
+def test_a_step_whose_new_contents_cannot_be_fetched_has_changed_nothing(
+        session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, remote = pair()
+    last = list(remote.net.parameters())[-1]
+    view, fetch, failed = last.detach(), type(session).fetch, []
+
+    def fail_once(self: Any, *args: Any) -> Any:
+        if not failed:
+            failed.append(stale.any_stale())
+            raise WorkerLostError("the worker went after it had answered")
+        return fetch(self, *args)
+
+    monkeypatch.setattr(type(session), "fetch", fail_once)
+    eager.run(1)
+    remote.run(1)
+    assert failed == [False]
+    expected = list(eager.net.parameters())
+    close((view, list(remote.net.parameters())), (expected[-1], expected))
 
 
 EDITS: dict[str, Callable[[Loop], Any]] = {

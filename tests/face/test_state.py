@@ -260,6 +260,18 @@ def test_a_buffer_of_numpy_that_is_filled_again_is_never_taken_for_unchanged() -
 
 
 @torch.no_grad()
+def test_a_tensor_that_gets_the_memory_of_numpy_later_is_never_taken_for_unchanged() -> None:
+    picture, read = torch.zeros(16, WIDTH), compiled_of(lambda x: x.sum(0))
+    for _ in range(3):
+        same(read(picture), picture.sum(0))
+    buffer = np.zeros((16, WIDTH), dtype=np.float32)
+    picture.data = torch.from_numpy(buffer)
+    for step in range(3):
+        buffer[:] = step
+        same(read(picture), picture.sum(0))
+
+
+@torch.no_grad()
 def test_state_dies_with_the_callers_tensor(own_session: Callable[..., Any]) -> None:
     own_session(workers=1)
     net, x, k, v = start()

@@ -49,6 +49,10 @@ def write_by_brackets(cache: Tensor, x: Tensor, at: Tensor) -> Tensor:
     return cache.sum()
 
 
+def write_by_part_of_an_index(cache: Tensor, x: Tensor, at: Tensor) -> Tensor:
+    return cache.index_copy(2, at[:1], x * 2)
+
+
 def write_a_slice(cache: Tensor, x: Tensor) -> Tensor:
     cache[:, :, 3:4] = x * 2
     return cache.sum()
@@ -102,7 +106,8 @@ def values_of(graph: Captured, names: set[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(("fn", "args"), [
     (append, (CACHE, X)), (append_in_front, (CACHE, X)), (append_twice, (CACHE, X)), (append_and_crop, (WINDOW, X)),
     (append_transposed, (CACHE, X)), (write_by_index, (CACHE, X, AT)), (write_by_brackets, (CACHE, X, AT)),
-    (write_a_slice, (CACHE, X)), (write_a_row, (CACHE, X)), (shift_window, (WINDOW, X)), (roll_and_write, (WINDOW, X)),
+    (write_by_part_of_an_index, (CACHE, X, torch.tensor([5, 5]))), (write_a_slice, (CACHE, X)),
+    (write_a_row, (CACHE, X)), (shift_window, (WINDOW, X)), (roll_and_write, (WINDOW, X)),
     (shift_by_a_view_of_itself, (CACHE, X)),
     (append, (CACHE.to(memory_format=torch.channels_last), X.to(memory_format=torch.channels_last))),
     (append, (CACHE.bfloat16(), X.double())),
@@ -165,6 +170,13 @@ def test_an_index_that_occurs_twice_is_refused() -> None:
     assert recipe.applies([CACHE, X, torch.tensor([5, 6])], {})
     args: list[Any] = [CACHE, X, torch.tensor([5, 5])]
     assert index == 2 and not recipe.applies(args, {})
+
+
+def test_the_last_row_under_two_names_is_refused() -> None:
+    _, plan = planned(write_by_brackets, CACHE, torch.randn(2, 3, 2, 4), torch.tensor([5, 6]))
+    recipe = Recipe(plan.rebuilds[0], plan, 0)
+    assert recipe.applies([CACHE, X, torch.tensor([-1, -2])], {})
+    assert not recipe.applies([CACHE, X, torch.tensor([-1, 7])], {})
 
 
 @pytest.mark.parametrize(("step", "said"), [

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from genie_dynamo.runtime.client.residency import Residency, Seen, StaticSet
+from genie_dynamo.runtime.client.habits import Habit
+from genie_dynamo.runtime.client.residency import Residency, Seen, StaticSet, full_key
 
 NOTHING: frozenset[int] = frozenset()
 
@@ -87,6 +88,22 @@ def test_a_data_edit_of_a_frozen_tensor_needs_invalidate() -> None:
     assert epochs(statics.check([p])) != before
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_memory_that_is_freed_and_given_out_again_is_another(frozen: bool) -> None:
+    place = bytearray(64)
+    parameter = torch.nn.Parameter(torch.zeros(16), requires_grad=not frozen)
+    parameter.data = torch.frombuffer(place, dtype=torch.float32)
+    statics = StaticSet(Table(num_samples=0).residency, (0,), NOTHING)
+    before = epochs(statics.check([parameter]))
+    address, version = parameter.data_ptr(), parameter._version
+    parameter.data = torch.ones(16)
+    parameter.data = torch.frombuffer(place, dtype=torch.float32)
+    assert (parameter.data_ptr(), parameter._version) == (address, version)
+    after = statics.check([parameter])
+    assert epochs(after) != before
+    assert statics.check([parameter]) is after
+
+
 def test_a_data_edit_of_all_parameters_is_seen_in_one_look_however_many_there_are() -> None:
     module = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(20)])
     args = list(module.parameters())
@@ -135,6 +152,12 @@ def test_a_lost_worker_holds_nothing() -> None:
     first.entries[0].sent["w0/i"] = first.entries[0].acked["w0/i"] = first.entries[0].epoch
     table.residency.worker_gone("w0/i")
     assert statics.check([p]) is not first and not first.entries[0].acked
+
+
+def test_two_threads_that_meet_a_tensor_first_use_one_entry() -> None:
+    table, tensor = Table().residency, torch.zeros(4)
+    key = full_key(tensor, tensor._version)
+    assert table.track(tensor, key, Habit("input")) is table.track(tensor, key, Habit("input"))
 
 
 def test_an_old_content_is_freed_where_it_was() -> None:

@@ -97,6 +97,27 @@ def test_a_tensor_moves_and_the_run_that_names_it_waits_for_it() -> None:
     assert failure_of(source.send(m.Move(6, 8, 1, "tcp://b:1", ""))).kind == "StaleHandleError"
 
 
+def test_a_tensor_that_another_worker_sends_is_held_to_the_quota() -> None:
+    worker = StateWorker(quota_bytes=10)
+    worker.finish(worker.call(stored(1, b"12345678")), b"")
+    (run,) = worker.call((m.MOVED, 7, 1), call=2)
+    (execute,) = worker.send(m.Land(TOKEN, 7, 1, (b"87654321",)), b"peer")
+    assert execute.run is run.run and worker.finish([execute], b"").evicted == ((1, 1),)
+    worker.call((m.MOVED, 8, 1), call=3)
+    reply, _ = worker.send(m.Land(TOKEN, 8, 1, (b"x" * 11,)), b"peer")
+    assert failure_of([reply]).kind == "WorkerMemoryError"
+    (session,) = worker.state.sessions.values()
+    assert session.resident_bytes <= 10 and not session.broken
+
+
+def test_what_is_resident_is_not_changed_by_a_peer() -> None:
+    worker = StateWorker()
+    worker.finish(worker.call(stored(7, b"seven")), b"")
+    assert worker.send(m.Land(TOKEN, 7, 1, (b"other",)), b"peer") == []
+    (execute,) = worker.call((m.HELD, 7, 1), call=2)
+    assert execute.run.env[0].content == b"seven"
+
+
 def test_a_tensor_that_never_comes_fails_the_run() -> None:
     worker = StateWorker()
     worker.call((m.MOVED, 7, 1))
