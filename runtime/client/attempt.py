@@ -27,7 +27,7 @@ from genie_dynamo.runtime.client.residency import Seen, StaticSet
 from genie_dynamo.runtime.client.saved import SavedHandle, collect_handles, hooks_active
 from genie_dynamo.runtime.client.session import Session
 from genie_dynamo.runtime.client.state import StateRules, Stored
-from genie_dynamo.runtime.client.steady import steady_call
+from genie_dynamo.runtime.client.steady import ChangedError, steady_call
 from genie_dynamo.runtime.client.uploads import Needs, find_needs, payload_bytes, send_fresh, send_put, unclaim
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
@@ -79,8 +79,17 @@ class Attempts:
         """One attempt; `started_s` is when the call began. Raises: whatever stops it; then nothing has changed."""
         handles = collect_handles(args) if self.info.backward else {}
         binding = self._choose(session, part, handles, args)
+        if self._steady and (settled := binding.settled_template()) is not None:
+            # Looking at many parameters takes as long as a small run: the worker begins meanwhile.
+            expected = settled.seen
+            try:
+                return steady_call(session, binding.first, settled, self._rules, args, self._config.timeout_s,
+                                   started_s, lambda: self._look(session, part, args) is expected)
+            except ChangedError:
+                session.telemetry.event("parameters changed, call begun anew")
         seen = self._look(session, part, args)
         if self._steady and (template := binding.steady_template(seen)) is not None:
+            template.held += 1
             return steady_call(session, binding.first, template, self._rules, args, self._config.timeout_s, started_s)
         return self._general(session, part, binding, args, handles, seen, started_s)
 

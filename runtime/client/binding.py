@@ -15,15 +15,18 @@ from genie_dynamo.runtime.client.session import Session
 from genie_dynamo.runtime.client.workers import WorkerLink
 
 RNG_ARGUMENT = -1
+SETTLED_CALLS = 8
+"""Calls in a row that must have found the parameters unchanged before one is begun without looking first."""
 
 
 class Template:
     """References to the resident parameters of a program, and the look at them for which they hold.
 
-    Once a call with `number` has succeeded (`known`), the worker remembers them and only the others are sent.
+    Once a call with `number` has succeeded (`known`), the worker remembers them and only the others are sent. `held`
+    counts the calls since then that found them unchanged.
     """
 
-    __slots__ = ("has_references", "known", "number", "others", "references", "seen")
+    __slots__ = ("has_references", "held", "known", "number", "others", "references", "seen")
 
     def __init__(self, seen: Seen | None, references: list[Any], arguments: Sequence[int], number: int) -> None:
         self.seen = seen
@@ -32,6 +35,7 @@ class Template:
         self.has_references = len(self.others) < len(references)
         self.number = number
         self.known = False
+        self.held = 0
 
 
 class BoundProgram:
@@ -84,6 +88,12 @@ class Binding:
         ready = self.first.plain and template.seen is seen and (
             template.known or not (template.number or template.has_references))
         return template if ready else None
+
+    def settled_template(self) -> Template | None:
+        """The only program's template, where it has held so often that a call may begin before the parameters are
+        looked at."""
+        template = self.first.template
+        return template if self.first.plain and template.known and template.held >= SETTLED_CALLS else None
 
     @property
     def usable(self) -> bool:

@@ -2,11 +2,13 @@
 
 What attempt.py does for any call, in a straight line for the most common one: arguments go up with the message, values
 come down with the answer or are rebuilt from what does, state stays; no input is changed, nothing is drawn at random.
-Same messages, same checks, same counters.
+Same messages, same checks, same counters. Where the parameters have long been the same, they are looked at while the
+worker runs with what it has of them; had they changed after all, the call begins anew.
 """
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,9 +32,18 @@ class _RefusedError(Exception):
     """The worker has answered that the call did not happen; `__cause__` is why. The connection is still good."""
 
 
+class ChangedError(Exception):
+    """The parameters are not what the call was begun with: whatever the worker made of it is not read."""
+
+
 def steady_call(session: Session, bound: BoundProgram, template: Template, rules: StateRules, args: list[Any],
-                timeout_s: float, started_s: float) -> tuple[Any, ...]:
-    """Run the program on its worker. Raises: as Attempts.run; then nothing has changed."""
+                timeout_s: float, started_s: float,
+                unchanged: Callable[[], bool] | None = None) -> tuple[Any, ...]:
+    """Run the program on its worker.
+
+    Args:   unchanged: looks whether the template still holds; asked while the worker is busy with the call already.
+    Raises: as Attempts.run, and ChangedError; then nothing has changed.
+    """
     link = bound.link
     link.in_flight += 1
     state: tuple[tuple[int, int], ...] = ()
@@ -46,6 +57,8 @@ def steady_call(session: Session, bound: BoundProgram, template: Template, rules
                 state = rules.handles(session, bound.state_names)
             request, sent = _send(session, connection, bound, template, rules, args, call_id, state, stored, deadline_s)
             sent_s = time.perf_counter()
+            if unchanged is not None and not unchanged():
+                raise ChangedError
             named, result, received = _receive(connection, bound, rules, request, deadline_s)
         except _RefusedError as refused:
             bound.template = Template(None, template.references, bound.arguments, 0)

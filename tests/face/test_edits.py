@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import genie_dynamo as genie
+from genie_dynamo.runtime.client.binding import SETTLED_CALLS
 
 pytestmark = pytest.mark.usefixtures("session", "fresh_dynamo")
 X = torch.linspace(-1, 1, 12).view(2, 6)
@@ -61,11 +62,15 @@ def right(compiled: Callable[[torch.Tensor], torch.Tensor], net: nn.Module) -> b
         return torch.allclose(compiled(X), net(X), rtol=1e-5, atol=1e-5)
 
 
+BEFORE = pytest.mark.parametrize("calls", [1, SETTLED_CALLS + 4], ids=["first", "settled"])
+
+
+@BEFORE
 @pytest.mark.parametrize("edit", [in_place, load, new_data, replaced, fused(torch.optim.SGD),
                                   fused(torch.optim.Adam), fused(torch.optim.AdamW)])
-def test_seen_at_the_next_call(edit: Callable[[nn.Sequential], None], net: nn.Sequential) -> None:
+def test_seen_at_the_next_call(edit: Callable[[nn.Sequential], None], net: nn.Sequential, calls: int) -> None:
     compiled = torch.compile(net, backend="genie")
-    assert right(compiled, net)
+    assert all([right(compiled, net) for _ in range(calls)])
     edit(net)
     assert right(compiled, net)
 
@@ -78,21 +83,33 @@ def numpy_past_the_counter(net: nn.Sequential) -> None:
     net[0].weight.detach().numpy()[:] = 0.25
 
 
+@BEFORE
 @pytest.mark.parametrize("edit", [scale_past_the_counter, numpy_past_the_counter])
 def test_seen_within_as_many_calls_as_there_are_trainable_parameters(
-        edit: Callable[[nn.Sequential], None], net: nn.Sequential) -> None:
+        edit: Callable[[nn.Sequential], None], net: nn.Sequential, calls: int) -> None:
     compiled = torch.compile(net, backend="genie")
-    assert right(compiled, net)
+    assert all([right(compiled, net) for _ in range(calls)])
     edit(net)
     assert any([right(compiled, net) for _ in net.parameters()])
     assert right(compiled, net)
 
 
+@BEFORE
 @pytest.mark.parametrize("edit", [frozen_by_numpy, one_element])
-def test_not_seen_before_invalidate(edit: Callable[[nn.Sequential], None], net: nn.Sequential) -> None:
+def test_not_seen_before_invalidate(edit: Callable[[nn.Sequential], None], net: nn.Sequential, calls: int) -> None:
     compiled = torch.compile(net, backend="genie")
-    assert right(compiled, net)
+    assert all([right(compiled, net) for _ in range(calls)])
     edit(net)
     assert not any([right(compiled, net) for _ in range(6)])
     genie.invalidate(net)
     assert right(compiled, net)
+
+
+def test_a_call_that_began_with_old_parameters_is_begun_anew(net: nn.Sequential) -> None:
+    compiled = torch.compile(net, backend="genie")
+    assert all([right(compiled, net) for _ in range(SETTLED_CALLS + 4)])
+    genie.reset_stats()
+    in_place(net)
+    assert all([right(compiled, net) for _ in range(3)])
+    assert genie.get_stats()["events"] == {"parameters changed, call begun anew": 1}
+    assert genie.get_stats()["calls"] == 3
