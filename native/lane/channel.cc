@@ -58,18 +58,20 @@ void Channel::on_closed(End why, std::string_view reason) {
 std::uint64_t Channel::send(std::span<const Slice> slices, const SendOptions& options, Deadline until,
                             Posted& posted) {
   Lock lock(lock_);
-  const std::uint64_t id = next_id_++;
-  if (options.watch) watched_[id] = End::kPending;
-  const Transfer transfer{id, slices, options.epoch, options.digest, options.priority, options.deadline};
+  Transfer transfer{0, slices, options.epoch, options.digest, options.priority, options.deadline};
   const auto tried = [&] {
+    transfer.id = next_id_;   // ids rise as they are accepted: while one thread waits for room, others may post
     posted = lane_->post(transfer);
+    if (posted == Posted::kAccepted) {
+      ++next_id_;
+      if (options.watch) watched_[transfer.id] = End::kPending;
+    }
     return posted != Posted::kBusy;
   };
   if (!tried()) wait(lock, tried, until, std::chrono::microseconds(0), true);
-  if (posted != Posted::kAccepted) watched_.erase(id);
   if (asleep_ && lane_->in_progress()) lane_->wake();   // who sleeps has not been told of the queue
   leave(lock);
-  return posted == Posted::kAccepted ? id : 0;
+  return posted == Posted::kAccepted ? transfer.id : 0;
 }
 
 bool Channel::pop(Message& message) {

@@ -67,8 +67,12 @@ class ProgressThread {
       if (channel == nullptr) return forget(fd);
     }
     if (channel->assist()) return;
-    const std::lock_guard hold(lock_);
-    forget(fd);
+    {
+      const std::lock_guard hold(lock_);
+      forget(fd);
+    }
+    // A thread may have left something half done in between, and believes it to be looked after.
+    if (channel->assist()) add(channel);
   }
 
   void forget(int fd) {

@@ -21,7 +21,8 @@
 namespace genie {
 
 inline constexpr std::size_t kRingBytes = std::size_t{512} << 10;
-inline constexpr std::size_t kMaxRecordBytes = std::size_t{64} << 10;
+inline constexpr std::size_t kMaxRecordBytes = std::size_t{192} << 10;
+static_assert(2 * (kMaxRecordBytes + 8) <= kRingBytes);   // wherever the ring's end is, an empty one has room
 
 struct RingHeader {
   alignas(64) std::atomic<std::uint64_t> tail;       // bytes written, ever

@@ -32,7 +32,7 @@ namespace {
 constexpr std::uint32_t kMagic = 0x4D4C4E47U;            // "GNLM"
 constexpr std::size_t kInlineSliceBytes = 16U << 10;     // a copy in and out costs less than a slab's bookkeeping
 constexpr std::size_t kMaxQueued = 1024;
-constexpr std::size_t kShmMaxSlices = 1024;
+constexpr std::size_t kInlineRecordBytes = 64U << 10;    // at most, with everything that is inside a record
 constexpr std::size_t kMaxPeerSegments = 65536;
 constexpr std::size_t kMaxPendingPeers = 64;
 constexpr auto kHandshakeTime = std::chrono::seconds(5);
@@ -71,6 +71,7 @@ struct SliceRef {
   std::uint32_t reserved;
 };
 static_assert(sizeof(SliceRef) == 32);
+static_assert(sizeof(MessageHead) + kMaxSlices * sizeof(SliceRef) <= kMaxRecordBytes);
 
 [[nodiscard]] constexpr std::size_t aligned(std::size_t size) noexcept { return (size + 15) & ~std::size_t{15}; }
 
@@ -150,7 +151,6 @@ class ShmLane final : public Lane {
       : socket_(std::move(socket)), connecting_(connecting), dropped_(std::make_shared<Dropped>()) {
     capabilities_.name = "shm";
     capabilities_.zero_copy_receive = true;
-    capabilities_.max_slices = kShmMaxSlices;
     capabilities_.max_transfer_bytes = options.max_transfer_bytes;
     PoolOptions pool = options.pool;
     pool.sharing = connecting ? Segment::Sharing::kSharedOneWay : Segment::Sharing::kShared;
@@ -219,7 +219,7 @@ class ShmLane final : public Lane {
 
   [[nodiscard]] Posted post(const Transfer& transfer) noexcept override try {
     if (closed_) return Posted::kClosed;
-    if (transfer.id <= last_id_ || transfer.slices.size() > kShmMaxSlices) return Posted::kRefused;
+    if (transfer.id <= last_id_ || transfer.slices.size() > kMaxSlices) return Posted::kRefused;
     std::size_t total = 0;
     for (const Slice& slice : transfer.slices) {
       if (slice.size_bytes > kMaxSlabBytes) return Posted::kRefused;
@@ -482,7 +482,7 @@ class ShmLane final : public Lane {
     MessageHead head{};
     if (body.size() < sizeof head) return false;
     std::memcpy(&head, body.data(), sizeof head);
-    if (head.sequence != last_arrived_ + 1 || head.num_slices > kShmMaxSlices) return false;   // a replay, or too many
+    if (head.sequence != last_arrived_ + 1 || head.num_slices > kMaxSlices) return false;   // a replay, or too many
     const std::size_t inline_at = sizeof head + head.num_slices * sizeof(SliceRef);
     if (inline_at > body.size()) return false;
     const std::span<const std::byte> inlined = body.subspan(inline_at);
@@ -711,7 +711,7 @@ class ShmLane final : public Lane {
     const std::size_t fixed = sizeof(MessageHead) + count * sizeof(SliceRef);
     std::size_t inline_bytes = 0;
     for (const Slice& slice : pending.slices) {
-      if (slice.size_bytes <= kInlineSliceBytes && fits(fixed + inline_bytes + slice.size_bytes)) {
+      if (goes_inline(slice, fixed + inline_bytes)) {
         inline_bytes += aligned(slice.size_bytes);
       }
     }
@@ -726,7 +726,7 @@ class ShmLane final : public Lane {
     std::size_t planned = 0;
     for (std::size_t i = 0; i < count; ++i) {
       const Slice& slice = pending.slices[i];
-      if (slice.size_bytes <= kInlineSliceBytes && fits(fixed + planned + slice.size_bytes)) {
+      if (goes_inline(slice, fixed + planned)) {
         planned += aligned(slice.size_bytes);
         continue;
       }
@@ -768,8 +768,10 @@ class ShmLane final : public Lane {
     return Published::kEnded;
   }
 
-  [[nodiscard]] static constexpr bool fits(std::size_t record_bytes) noexcept {
-    return record_bytes <= kMaxRecordBytes - 64;
+  // An empty slice always does: there is no slab to name.
+  [[nodiscard]] static bool goes_inline(const Slice& slice, std::size_t record_bytes) noexcept {
+    return slice.size_bytes == 0 ||
+           (slice.size_bytes <= kInlineSliceBytes && record_bytes + slice.size_bytes <= kInlineRecordBytes - 64);
   }
 
   Fd socket_;

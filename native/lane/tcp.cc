@@ -201,6 +201,7 @@ class TcpLane final : public Lane {
       const auto at = std::find_if(queue.begin(), queue.end(), [id](const Outgoing& o) { return !o.bare && o.id == id; });
       if (at == queue.end()) continue;
       if (at->started()) {
+        if (was_cancelled(id)) return false;
         // Half of it is on the wire: only the stream's end could take it back. The peer will get it.
         cancelled_.push_back(id);
       } else {
@@ -346,8 +347,17 @@ class TcpLane final : public Lane {
     while (num_queued_ > 0) {
       std::deque<Outgoing>* queue = choose();
       Outgoing& out = queue->front();
+      const std::uint64_t acked_before = said_acked_;
       if (out.lead.empty()) begin(out);
-      if (!send_some(out)) return;
+      if (!send_some(out)) {
+        if (!closed_ && !out.bare && !out.started()) {
+          // Nothing of it has left: it may still be cancelled or overtaken, so its number goes to whoever is next.
+          out.lead.clear();
+          --last_sequence_;
+          said_acked_ = acked_before;
+        }
+        return;
+      }
       if (!out.bare) {
         Unacked sent{out.id, out.sequence, out.deadline, false, 0, std::move(out.slices)};
         for (const Slice& slice : sent.slices) sent.size_bytes += slice.size_bytes;

@@ -1,4 +1,5 @@
 // What every lane promises (lane/lane.h), over each of them.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <thread>
@@ -185,6 +186,94 @@ TEST_CASE("an urgent message overtakes bulk that waits, whole messages at a time
   CHECK(right->receive(none, in(std::chrono::milliseconds(20)), std::chrono::microseconds(0)) == Channel::Got::kNothing);
   mover.join();
   CHECK(sizes[1] == 10);
+}
+
+TEST_CASE("what waits for a full socket can be cancelled and overtaken, and the lane goes on") {
+  // Small ones until the socket takes no more: the head of the queue may have begun, or not.
+  for (const bool overtaken : {false, true}) {
+    CAPTURE(overtaken);
+    auto [left, right] = tcp_ends();
+    const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(600, 1));
+    std::vector<std::uint64_t> ids;
+    for (Posted posted = Posted::kAccepted; posted == Posted::kAccepted;) {
+      const std::uint64_t id = left->send(std::vector<Slice>{slice_of(bytes)}, {}, Clock::now(), posted);
+      if (id != 0) ids.push_back(id);
+    }
+    std::vector<std::uint64_t> cancelled;
+    for (const std::uint64_t id : ids) {
+      if (!overtaken && left->bytes_moved(id) == 0 && left->cancel(id)) cancelled.push_back(id);
+      if (cancelled.size() == 2) break;
+    }
+    if (overtaken) {
+      CHECK(left->cancel(ids.back()));   // room for one more
+      SendOptions urgent;
+      urgent.priority = Priority::kUrgent;
+      REQUIRE(send(*left, {slice_of(bytes)}, urgent) != 0);
+    }
+    std::thread mover([&, channel = left] { CHECK(channel->quiesce(in(std::chrono::seconds(20)))); });
+    const std::size_t expected = overtaken ? ids.size() : ids.size() - cancelled.size();
+    for (std::size_t i = 0; i < expected; ++i) {
+      Message message;
+      REQUIRE(right->receive(message, in(std::chrono::seconds(10)), std::chrono::microseconds(0)) ==
+              Channel::Got::kMessage);
+      CHECK(std::find(cancelled.begin(), cancelled.end(), message.id) == cancelled.end());
+    }
+    Message none;
+    CHECK(right->receive(none, in(std::chrono::milliseconds(20)), std::chrono::microseconds(0)) ==
+          Channel::Got::kNothing);
+    mover.join();
+    CHECK_FALSE(left->closed());
+  }
+}
+
+TEST_CASE("a message of as many slices as there may be arrives, empty ones among them; one more is refused") {
+  over_each([](Channel& left, Channel& right) {
+    const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(20'000, 4));
+    const auto none = std::make_shared<std::vector<std::byte>>();
+    std::vector<Slice> slices;
+    for (std::size_t i = 0; i < left.capabilities().max_slices; ++i) slices.push_back(slice_of(i % 3 == 1 ? none : bytes));
+    std::thread sender([&] { CHECK(send(left, slices) != 0); });
+    const Message message = receive(right);
+    sender.join();
+    REQUIRE(message.buffers.size() == slices.size());
+    for (std::size_t i = 0; i < slices.size(); ++i) {
+      REQUIRE(message.buffers[i].size_bytes == slices[i].size_bytes);
+      REQUIRE((i % 3 == 1 || std::memcmp(message.buffers[i].data, bytes->data(), bytes->size()) == 0));
+    }
+    slices.push_back(slice_of(none));
+    Posted posted = Posted::kAccepted;
+    CHECK(left.send(slices, {}, Clock::now(), posted) == 0);
+    CHECK(posted == Posted::kRefused);
+    CHECK_FALSE(left.closed());
+  });
+}
+
+TEST_CASE("threads that wait for room in one channel's queue all get their turn") {
+  over_each([](Channel& left, Channel& right) {
+    constexpr int kThreads = 4;
+    constexpr int kCount = 1500;
+    const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(2000, 1));
+    std::atomic<int> accepted{0};
+    std::vector<std::thread> senders;
+    for (int i = 0; i < kThreads; ++i) {
+      senders.emplace_back([&] {
+        for (int k = 0; k < kCount; ++k) accepted += send(left, {slice_of(bytes)}) != 0 ? 1 : 0;
+      });
+    }
+    std::thread reader([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(30));   // until the queue is full
+      Message message;
+      for (int k = 0; k < kThreads * kCount; ++k) {
+        if (right.receive(message, in(std::chrono::seconds(2)), std::chrono::microseconds(0)) !=
+            Channel::Got::kMessage) {
+          break;
+        }
+      }
+    });
+    for (std::thread& sender : senders) sender.join();
+    reader.join();
+    CHECK(accepted == kThreads * kCount);
+  });
 }
 
 TEST_CASE("statistics count logical bytes once at each end") {

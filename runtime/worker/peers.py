@@ -140,8 +140,11 @@ class Peers:
         way.end.close()
         way.end, way.reason = None, f"it broke: {error}"
         again, way.unsure = way.unsure, deque()
-        for _, parts in again:
-            self._over_zmq(peer, parts)
+        try:
+            for _, parts in again:
+                self._over_zmq(peer, parts)
+        except zmq.ZMQError as lost:         # the peer itself is gone; whoever waits for these pushes is told by time
+            log.warning("pushes to worker %s are lost: %s", peer.address, lost)
 
     def _take_proven(self) -> None:
         while self._proven:

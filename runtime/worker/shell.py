@@ -123,9 +123,9 @@ class Shell:
                 self._lanes.serve(fd)
             elif self._peers.owns(fd):
                 self._peers.serve(fd)
-            else:
-                assert self._streams is not None
+            elif self._streams is not None:
                 self._streams.serve(fd, mask)
+            # Else it was closed while an earlier event of this batch was served.
         if self._streams is not None and self._streams.has_more:
             self._streams.serve_more()
         self._lanes.serve_more()

@@ -34,6 +34,11 @@ from genie_dynamo.runtime.worker.toolbox import Toolbox
 MAX_ECHO_BYTES = 64 << 20
 
 
+def _is_second_way(connection: bytes) -> bool:
+    """Whether this is the name of a stream or lane: ZeroMQ's own that begin like it have five bytes."""
+    return connection[:1] == b"\0" and len(connection) > 5
+
+
 class WorkerState:
     """See the module's docstring. `handle` never raises for anything a peer sends."""
 
@@ -116,6 +121,9 @@ class WorkerState:
             if session is None or hello.route not in session.connections:
                 raise ProtocolError("a stream belongs to a connection of the same session; this one is not known")
             self.routes[connection] = hello.route
+        elif _is_second_way(connection):
+            raise ProtocolError("a stream or lane names the connection of its session: sessions begin over ZeroMQ, "
+                                "which asks for keys where this worker has some")
         if session is None:
             if self.draining:
                 raise WorkerBusyError("this worker is draining and takes no new sessions; use another")

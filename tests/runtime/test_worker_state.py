@@ -176,6 +176,14 @@ def test_a_stream_belongs_to_a_connection_of_its_session() -> None:
     assert failure_of(worker.send(m.Ping(), stream)).kind == "StaleHandleError"
 
 
+def test_no_session_begins_over_a_stream_or_lane_whose_ends_show_no_keys() -> None:
+    worker = Worker()
+    for name in (b"\0lane" + bytes(8), b"\0stream" + bytes(8)):
+        assert failure_of(worker.hello(connection=name)).kind == "ProtocolError"
+    assert not worker.state.sessions
+    worker.hello(connection=b"\0zmq1")
+
+
 def test_a_message_before_hello_is_told_that_the_connection_is_unknown() -> None:
     assert failure_of(Worker().run(1)).kind == "StaleHandleError"
 
