@@ -77,7 +77,7 @@ def test_a_negative_zero_is_another_number_than_zero(session: object) -> None:
 def test_a_copy_that_does_not_fit_is_refused_at_once(session: object) -> None:
     target = torch.zeros(1, 3, device=DEVICE)
     for source in (torch.ones(4, 3), torch.ones(4, 3, device=DEVICE)):
-        with pytest.raises(RuntimeError, match="expand|broadcast|size"):
+        with pytest.raises(RuntimeError, match=r"expand|broadcast|size"):
             target.copy_(source)
     assert target.copy_(torch.ones(3)).tolist() == [[1, 1, 1]]
 
