@@ -124,6 +124,9 @@ def invalidate(target: Any) -> None:
     stale.bring_home()
     if _default is not None:
         _default.residency.touch(items)
+    from genie_dynamo.device import foreign
+
+    foreign.forget(items)
 
 
 def synchronize(target: Any = None, *, lost: Literal["error", "rollback"] = "error") -> None:

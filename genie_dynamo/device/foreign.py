@@ -6,7 +6,7 @@ As on CUDA they are an error, but for tensors without dimensions, and indices. I
 from __future__ import annotations
 
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ admission = _Admission()
 """How many captures this thread is inside."""
 
 _known: MutableMapping[Tensor, tuple[Any, Node]] = WeakIdKeyDictionary()
-"""By tensor: its version and layout when it was sent, and the node of what it held."""
+"""By tensor: its version, layout and some elements when it was sent, and the node of what it held."""
 
 
 def admit(tensor: Tensor, target: Any, *, indices: bool) -> Node:
@@ -58,13 +58,32 @@ def _sent_once(tensor: Tensor) -> Node:
 
         offset: Any = tensor.storage_offset() - base.storage_offset()
         return as_strided(_sent_once(base), layout(tensor.shape, tensor.stride(), offset, tensor.dtype))
-    key = (tensor._version, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+    key = (tensor._version, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), _sample(tensor))
     found = _known.get(tensor)
     if found is not None and found[0] == key and type(found[1].value) is not Failed:
         return found[1]
     node = _upload(tensor, stays=True)
     _known[tensor] = (key, node)
     return node
+
+
+SAMPLES = 8
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Some elements: `p.data.copy_(new)` changes a tensor behind its version. Edits of a few are not always seen."""
+    if not tensor.numel() or not tensor.is_contiguous():
+        return b""
+    count = min(tensor.numel(), SAMPLES)
+    some = tensor.detach().resolve_conj().resolve_neg()
+    some = some.as_strided((count,), (tensor.numel() // count,), some.storage_offset()).clone()
+    return some.view(torch.uint8).numpy().tobytes()
+
+
+def forget(tensors: Iterable[Tensor]) -> None:
+    """Send these again when they are met next."""
+    for tensor in tensors:
+        _known.pop(tensor if tensor._base is None else tensor._base, None)
 
 
 def admitted_node(tensor: Tensor) -> Node | None:

@@ -217,6 +217,8 @@ def meta_of(own: Layout) -> Tensor:
 
 def infer(target: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """What the op makes of meta tensors. Raises: eager's errors; DataDependentError."""
+    if target is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
+        raise DataDependentError(str(target))          # its meta kernel says so in a plain RuntimeError
     if target.namespace == "aten":
         try:
             return target(*args, **kwargs)

@@ -47,9 +47,7 @@ def copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
             raise RuntimeError(f"copies between {NAME} and {self.device} go through the cpu: use .cpu() first")
         return self.copy_(value_of(src))
     if is_ours(src):
-        if src.shape != self.shape:
-            infer(aten.copy_.default, [torch.empty(self.shape, device="meta"), torch.empty(src.shape, device="meta")],
-                  {})
+        _check_fits(src, self)
         write(self, node_of(src))         # a value is never changed, so both may hold it
         return self
     if src.device.type == "meta":
@@ -59,9 +57,15 @@ def copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
         plain = plain.to(self.dtype)         # fewer bytes travel
     if plain.layout is not torch.strided:
         raise RuntimeError(f"only strided tensors go to {NAME}, this one has layout {plain.layout}")
-    torch.broadcast_shapes(plain.shape, self.shape)  # type: ignore[no-untyped-call]
+    _check_fits(plain, self)
     write(self, engine.upload(plain))
     return self
+
+
+def _check_fits(src: Tensor, target: Tensor) -> None:
+    """Raises: eager's error where a copy cannot be broadcast to its target."""
+    if src.shape != target.shape:
+        infer(aten.copy_.default, [torch.empty(t.shape, device="meta") for t in (target, src)], {})
 
 
 def to_copy(self: Tensor, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,
@@ -90,6 +94,13 @@ def _sent(plain: Tensor) -> Tensor:
     if plain.layout is not torch.strided:
         raise RuntimeError(f"only strided tensors go to {NAME}, this one has layout {plain.layout}")
     return new_tensor(engine.upload(plain.cpu()))
+
+
+def random_from(self: Tensor, low: int, high: int | None, *, generator: torch.Generator | None = None) -> Tensor:
+    """randint_like draws the same numbers; `aten.random.from` itself is no Python, so no graph can hold it."""
+    if generator is not None or high is None:
+        raise NotImplementedError(f"random_ on {NAME} takes no generator, and with a lower bound an upper one too")
+    return self.copy_(torch.randint_like(self, low, high))
 
 
 def equal(self: Tensor, other: Tensor) -> bool:
@@ -247,6 +258,7 @@ SPECIAL: dict[str, Callable[..., Any]] = {
     "aten::copy_": copy_,
     "aten::_to_copy": to_copy,
     "aten::equal": equal,
+    "aten::random_.from": random_from,
     "aten::_assert_async": assert_async,
     "aten::_assert_async.msg": assert_async,
     "aten::_conj": conj,

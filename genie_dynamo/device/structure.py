@@ -8,6 +8,7 @@ one. So a cache that grows, or a learning rate that decays, soon runs the same p
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,8 +75,14 @@ def collect(roots: Sequence[Node], returned: Sequence[Node], also: Sequence[Node
             nodes.append(node)
     kept = tuple([place[node] for node in roots if node.value is None])
     down = tuple([place[node] for node in returned])
-    key += ("|", kept, down, tuple(map(type, numbers)))
+    kinds = tuple(map(_kind, numbers)) if 0.0 in numbers else tuple(map(type, numbers))
+    key += ("|", kept, down, kinds)
     return Recording(tuple(key), tuple(nodes), tuple(leaves), down, kept, tuple(numbers))
+
+
+def _kind(number: Any) -> Any:
+    """A number's type; -0.0 has one of its own, for it equals 0.0 and gives other results."""
+    return "-0.0" if number == 0 and isinstance(number, float) and math.copysign(1.0, number) < 0 else type(number)
 
 
 class Variant:

@@ -143,9 +143,13 @@ class _Builder:
 
     def _joined(self, node: fx.Node, dim: int) -> fx.Node:
         """The parts in one tensor, whose dims lie in memory in the order of the whole value: views rely on it."""
-        strides = node.meta["val"].stride()
-        order = sorted(range(len(strides)), key=lambda d: -strides[d])
-        if order == list(range(len(order))):
+        value = node.meta["val"]
+        strides = value.stride()
+        # Expanded dims and those of one element lie nowhere: they say nothing of the order, and never end innermost
+        # of what had its elements one after the other. Kernels (attention on CPUs) read past rows that have not.
+        lying = [d for d, step in enumerate(strides) if step and value.shape[d] > 1]
+        order = sorted(range(len(strides)), key=lambda d: (d in lying, -strides[d]))
+        if lying == sorted(lying, key=lambda d: -strides[d]):
             return self._add(aten.cat.default, (self._parts[node], dim), {}, node, self._k, name=node.name)
         turned = [self._add(aten.permute.default, (part, order), {}, node, number)
                   for number, part in enumerate(self._parts[node])]

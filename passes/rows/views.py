@@ -16,6 +16,11 @@ def view(call: Call) -> Parts:
     """
     source = call.leaf("self")
     assert source.dim is not None
+    if "dtype" in call:
+        # Other elements of the same bytes: only in the last dim may there be more of them, or fewer.
+        if source.dim == source.ndim - 1 and call.out.shape != source.value.shape:
+            raise MixesRows(f"{call.node.name} makes other elements of the bytes of rows")
+        return Parts((source.dim,))
     before = math.prod(int(s) for s in source.value.shape[:source.dim])
     shape = [int(s) for s in call.out.shape]
     if 0 in shape:

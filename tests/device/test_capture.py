@@ -43,6 +43,17 @@ def test_weights_from_outside_go_up_once(session: object) -> None:
     assert torch.allclose(genie.run(model, x), model(x), atol=1e-5)
 
 
+def test_weights_edited_behind_torch_go_up_again(session: object) -> None:
+    model = nn.Linear(100, 1, bias=False)
+    x = torch.ones(1, 100)
+    for value in (1.0, 2.0):
+        model.weight.data.fill_(value)
+        assert genie.run(model, x).item() == 100 * value
+    model.weight.data[0, 5] = 0                # between the elements that are looked at
+    genie.invalidate(model)
+    assert genie.run(model, x).item() == 198
+
+
 def test_control_flow_that_hangs_on_values(session: object) -> None:
     def collatz(x: torch.Tensor) -> torch.Tensor:
         steps = torch.zeros((), dtype=torch.int64)

@@ -57,6 +57,37 @@ def test_seeds_give_the_numbers_of_the_cpu(session: object) -> None:
         assert torch.equal(a, b.cpu())
 
 
+def test_random_with_bounds_draws_as_on_the_cpu(session: object) -> None:
+    drawn = []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(4)
+        x = torch.zeros(2, 6, device=device)
+        x.random_(3, 9)                    # its functional twin is called aten.random.from, which is no Python
+        x[:, ::2].random_(-5, 0)
+        drawn.append(x.cpu())
+    assert torch.equal(*drawn)
+
+
+def test_a_negative_zero_is_another_number_than_zero(session: object) -> None:
+    for zero in (0.0, -0.0, 0.0, 1.0, -0.0):
+        expected, found = (1 / (torch.ones(2, device=device) * zero) for device in ("cpu", DEVICE))
+        assert torch.equal(expected, found.cpu()), zero
+
+
+def test_a_copy_that_does_not_fit_is_refused_at_once(session: object) -> None:
+    target = torch.zeros(1, 3, device=DEVICE)
+    for source in (torch.ones(4, 3), torch.ones(4, 3, device=DEVICE)):
+        with pytest.raises(RuntimeError, match=r"expand|broadcast|size"):
+            target.copy_(source)
+    assert target.copy_(torch.ones(3)).tolist() == [[1, 1, 1]]
+
+
+def test_repeats_decide_a_shape(session: object) -> None:
+    x = torch.tensor([3, 0, 2], device=DEVICE)
+    assert torch.repeat_interleave(x, x).tolist() == [3, 3, 3, 2, 2]
+    assert torch.repeat_interleave(x, 2).tolist() == [3, 3, 0, 0, 2, 2]
+
+
 def test_draws_that_nobody_wants_still_draw(session: object) -> None:
     torch.manual_seed(4)
     torch.randn(3)

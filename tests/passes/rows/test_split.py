@@ -111,6 +111,12 @@ OPS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "attention with a mask": (
         lambda m, a, mask: F.scaled_dot_product_attention(a, a @ m.w, a, mask),
         (x(8, 2, 5, 16), torch.ones(8, 1, 5, 5, dtype=torch.bool).tril())),
+    "attention of all rows to expanded values": (      # kernels want the last dim's elements one after the other
+        lambda m, a, mask: F.scaled_dot_product_attention(*[(a @ m.w).view(8, 1, 1, 16).expand(-1, -1, 8, -1)] * 3,
+                                                          attn_mask=mask), (*X, x(8, 8))),
+    "the same bytes in another dtype": (
+        lambda m, a: (((a @ m.w).view(torch.int32) ^ 1 << 20).view(torch.float32),
+                      (a @ m.w).view(torch.int16).view(torch.float32)), X),
     "norms": (lambda m, a: F.group_norm(F.layer_norm(a @ m.w, (16,)), 4), X),
     "convolution": (
         lambda m, a: F.avg_pool2d(F.max_pool2d(F.conv2d(a, torch.ones(4, 3, 3, 3)), 2), 2).mean((2, 3)),
