@@ -8,7 +8,7 @@ budget_s=$1; shift
 limit_s=${TEST_LIMIT_S:-$((3 * budget_s))}
 started=$SECONDS
 # SIGINT first: pytest then prints what it has, and its sessions end their workers.
-timeout --foreground --signal=INT --kill-after=30 "$limit_s" .venv/bin/python -m pytest "$@"
+env -u TEST_LIMIT_S timeout --foreground --signal=INT --kill-after=30 "$limit_s" .venv/bin/python -m pytest "$@"
 status=$?
 took_s=$((SECONDS - started))
 if [ $status -eq 124 ] || [ $status -eq 137 ]; then

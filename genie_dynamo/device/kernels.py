@@ -106,6 +106,8 @@ def _binary(general: Kernel) -> Kernel:
                     fresh.append(reference(storage))
                     return tensor
         result = general(*args, **kwargs)
+        if not isinstance(result, Tensor):
+            return result
         made: Any = storage_of(result).genie
         if len(args) == 2 and not kwargs and isinstance(args[0], Tensor) and made.inputs:
             kinds = tuple([made.inputs[0].layout, *[n.layout for n in made.inputs[1:]], *map(type, made.scalars)])

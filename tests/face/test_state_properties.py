@@ -22,13 +22,29 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 ROWS, WIDTH = 4, 96
 
 
+class Draws:
+    """Random tensors by a generator of their own: threads share torch's."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator)
+
+    def order(self, count: int) -> Tensor:
+        return torch.randperm(count, generator=self._generator)
+
+
 class Graphs:
     """The graphs of one world."""
 
     def __init__(self, wrap: Callable[[Any], Any]) -> None:
-        torch.manual_seed(0)
+        draws = Draws(0)
         self.lin = nn.Linear(WIDTH, WIDTH)
-        self.register = nn.Parameter(torch.randn(WIDTH), requires_grad=False)
+        with torch.no_grad():
+            for parameter in self.lin.parameters():
+                parameter.copy_(draws.normal(*parameter.shape) * 0.06)
+        self.register = nn.Parameter(draws.normal(WIDTH), requires_grad=False)
         self.append = wrap(self._append)
         self.crop = wrap(self._crop)
         self.write = wrap(self._write)
@@ -63,35 +79,35 @@ class World:
 
     def __init__(self, wrap: Callable[[Any], Any]) -> None:
         self.graphs = Graphs(wrap)
-        torch.manual_seed(1)
-        self.held = {name: torch.randn(16, WIDTH) for name in "abc"}
+        draws = Draws(1)
+        self.held = {name: draws.normal(16, WIDTH) for name in "abc"}
 
     def step(self, kind: str, name: str, other: str, number: int) -> Any:
         """Carry out one step; returns what its caller gets."""
-        torch.manual_seed(number)
+        draws = Draws(number)
         graphs, held, cache = self.graphs, self.held, self.held[name]
-        x = torch.randn(ROWS, WIDTH)
+        x = draws.normal(ROWS, WIDTH)
         if kind == "append":
             out, held[name] = graphs.append(cache[-24:], x)
             return out
         if kind == "crop":
             held[name] = graphs.crop(cache, x)
         elif kind == "write":
-            at = torch.randperm(cache.shape[0])[:ROWS]
+            at = draws.order(cache.shape[0])[:ROWS]
             return graphs.write(cache, x[:at.shape[0]], at)
         elif kind == "recur":
             return graphs.recur(cache, x)
         elif kind == "halves":
             held[name], held[other] = graphs.halves(cache)
             if held[name].shape[0] < ROWS:
-                held[name], held[other] = torch.randn(16, WIDTH), torch.randn(16, WIDTH)
+                held[name], held[other] = draws.normal(16, WIDTH), draws.normal(16, WIDTH)
         elif kind == "both":
             held[name] = graphs.both(cache, held[other])
         else:
-            self._edit(kind, name, other)
+            self._edit(kind, name, other, draws)
         return None
 
-    def _edit(self, kind: str, name: str, other: str) -> None:
+    def _edit(self, kind: str, name: str, other: str, draws: Draws) -> None:
         held, cache = self.held, self.held[name]
         if kind == "in place":
             cache.mul_(0.5)
@@ -103,26 +119,26 @@ class World:
             cache.data.add_(0.25)
             genie.invalidate(cache)
         elif kind == "set_":
-            cache.set_(torch.randn(cache.shape))      # type: ignore[call-overload]
+            cache.set_(draws.normal(*cache.shape))      # type: ignore[call-overload]
         elif kind == "resize":
             cache.resize_(max(ROWS, cache.shape[0] - 2), WIDTH)
         elif kind == "swap data":
             held[name].data, held[other].data = held[other].data, held[name].data
         elif kind == "reorder":
-            held[name] = cache.index_select(0, torch.randperm(cache.shape[0]))
+            held[name] = cache.index_select(0, draws.order(cache.shape[0]))
         elif kind == "view":
-            held[name] = cache[1:] if cache.shape[0] > 8 else torch.randn(16, WIDTH)
+            held[name] = cache[1:] if cache.shape[0] > 8 else draws.normal(16, WIDTH)
         elif kind == "alias":
             held[name] = held[other]
         elif kind == "forget":
-            held[name] = torch.randn(16, WIDTH)
+            held[name] = draws.normal(16, WIDTH)
         elif kind == "weights":
-            self.graphs.lin.weight.data.copy_(torch.randn(WIDTH, WIDTH) * 0.1)
+            self.graphs.lin.weight.data.copy_(draws.normal(WIDTH, WIDTH) * 0.1)
             genie.invalidate(self.graphs.lin)
         elif kind == "optimizer":
             optimizer = torch.optim.SGD(self.graphs.lin.parameters(), lr=0.1, fused=True)
             for parameter in self.graphs.lin.parameters():
-                parameter.grad = torch.randn(parameter.shape)
+                parameter.grad = draws.normal(*parameter.shape)
             optimizer.step()
         elif kind == "load":
             self.graphs.lin.load_state_dict({k: v * 0.9 for k, v in self.graphs.lin.state_dict().items()})

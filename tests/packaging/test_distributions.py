@@ -23,7 +23,7 @@ def installed_name(path: Path) -> str:
 
 def source_files() -> set[str]:
     folders = [ROOT / name for name in ("genie_dynamo", "passes", "runtime")]
-    return {installed_name(path) for folder in folders for kind in ("*.py", "*.json")
+    return {installed_name(path) for folder in folders for kind in ("*.py", "*.json", "*.npz")
             for path in folder.rglob(kind)} | {"genie.py"}
 
 
