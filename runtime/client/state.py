@@ -195,14 +195,15 @@ class StateRules:
     def handles(self, session: Session, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
         """Handles for the values that are to stay on a worker now; empty where none is."""
         habits = self._outputs
-        chosen = tuple([(session.next_id(), 1) if habits[name].wanted else NOT_KEPT for name in names])
-        return chosen if any(handle is not NOT_KEPT for handle in chosen) else ()
+        wanted = [habits[name].wanted for name in names]
+        return tuple([(session.next_id(), 1) if keep else NOT_KEPT for keep in wanted]) if True in wanted else ()
 
     def finish(self, session: Session, link: WorkerLink, names: Sequence[str], handles: Sequence[tuple[int, int]],
                result: m.Result, stored: Sequence[Stored], args: Sequence[Any], named: dict[str, Any]) -> None:
         """All of the above for a call of one worker that changes none of its inputs."""
         kept: dict[str, KeptState] = {}
-        self.arrived(session, link, names, handles, result, stored, kept)
+        if handles or stored or result.evicted:
+            self.arrived(session, link, names, handles, result, stored, kept)
         if self.recipes:
             with torch.no_grad():
                 self.rebuild(session, args, named, kept)
@@ -271,11 +272,13 @@ class StateRules:
             if not isinstance(tensor, torch.Tensor):
                 continue
             found = kept.get(name)
-            trackable = not tensor.is_inference() and tensor.layout is torch.strided
             if target is None:
                 habit.met(tensor.nbytes)
+            if found is None and (habit.small or target is not None):
+                continue
+            trackable = not tensor.is_inference() and tensor.layout is torch.strided
             if found is None:
-                if trackable and target is None and not habit.small:
+                if trackable:
                     residency.track(tensor, full_key(tensor, tensor._version), habit)
                 continue
             link, handle, form = found
