@@ -106,8 +106,9 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
     keep_state = not remote and config.awareness == "full" and kind != "backward"
     session = lambda: sessions.session(namespaces)  # noqa: E731 - it is handed on
 
-    def build(assign: Assign | None, workers: Sequence[str], count: int, over: fx.GraphModule = gm) -> RemoteGraph:
-        plan = plan_graph(over, facts, guards, assign=assign, num_workers=count, keep_state=keep_state and over is gm)
+    def build(assign: Assign | None, workers: Sequence[str], count: int, over: fx.GraphModule = gm,
+              whole: bool = True) -> RemoteGraph:
+        plan = plan_graph(over, facts, guards, assign=assign, num_workers=count, keep_state=keep_state and whole)
         if remote:
             changed = {index for index, _ in plan.mutations}
             plan = dataclasses.replace(plan, stays=tuple(i for i in facts.static_inputs if i in changed))
@@ -131,7 +132,7 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
     if assign is not None:
         return first
     placed = PlacedGraph(gm, facts, config, label, homes or Homes(), session, first, parts,
-                         lambda over, assign, workers: build(assign, workers, len(workers), over))
+                         lambda over, assign, workers, whole: build(assign, workers, len(workers), over, whole))
     for watch in observers:
         watch(placed)
     return placed

@@ -127,7 +127,7 @@ def _explain(graph: PlacedGraph, facts: worker_facts.Facts, session: Session) ->
     partition: Partition | None = None
     unpriced = ""
     try:
-        partition = graph.price(facts)
+        partition = graph.found or graph.price(facts)
     except (CostError, PlacementError) as error:
         unpriced = str(error)
     names = _worker_names(plan, partition, measured)
@@ -138,9 +138,9 @@ def _explain(graph: PlacedGraph, facts: worker_facts.Facts, session: Session) ->
     for fragment in plan.fragments:
         by_worker[fragment.worker] = by_worker.get(fragment.worker, 0.0) + _sum(estimates, fragment.node_names)
     over = graph.gm
-    if partition is not None and partition.split is not None:
-        over = partition.split.gm
-        region_of = {name: region_of[origin] for name, origin in partition.split.origin.items() if origin in region_of}
+    if partition is not None:
+        over = partition.over(graph.gm)
+        region_of.update((name, region_of[origin]) for name, origin in partition.origin.items() if origin in region_of)
     rows = tuple(_row(over, plan, fragment, names, estimates, partition, region_of,
                       _share(measured.get(names[fragment.worker]), _sum(estimates, fragment.node_names),
                              by_worker[fragment.worker])) for fragment in plan.fragments)
