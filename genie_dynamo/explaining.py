@@ -18,6 +18,7 @@ from genie_dynamo.core.errors import CostError, PlacementError, SessionError
 from genie_dynamo.core.placement import Placement
 from genie_dynamo.core.plan import Fragment, Plan
 from genie_dynamo.explanation import Explanation, FragmentRow, GraphPlan, Span
+from genie_dynamo.passes.costs.sizes import hinted_bytes
 from genie_dynamo.passes.partition import Partition
 from genie_dynamo.passes.semantics.carry import marked
 from genie_dynamo.placed import PlacedGraph
@@ -244,7 +245,4 @@ def _share(measured_s: float | None, part: float, whole: float) -> float | None:
 
 def _bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return 8
-    hint = [size if isinstance(size, int) else size.node.hint or 1 for size in value.shape]
-    return int(torch.Size(hint).numel() * value.element_size())
+    return hinted_bytes(value) if isinstance(value, torch.Tensor) else 8

@@ -26,6 +26,7 @@ from genie_dynamo.core.errors import (
     WorkerLostError,
 )
 from genie_dynamo.parts import Parts, rows_for_backward
+from genie_dynamo.passes.costs.sizes import hinted_bytes
 from genie_dynamo.passes.costs.symbols import SymbolBinding
 from genie_dynamo.passes.drift import Drift
 from genie_dynamo.passes.facts import GraphFacts
@@ -288,7 +289,4 @@ def _follow(gm: fx.GraphModule, homes: Homes) -> dict[fx.Node, int]:
 
 def _bytes(node: fx.Node) -> float:
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return 1.0
-    hint = [size if isinstance(size, int) else size.node.hint or 1 for size in value.shape]
-    return float(torch.Size(hint).numel() * value.element_size() + 1)
+    return float(hinted_bytes(value) + 1) if isinstance(value, torch.Tensor) else 1.0

@@ -47,6 +47,14 @@ def incarnations(session: Session) -> tuple[str, ...]:
     return tuple([link.key for link in session.links if not link.lost])
 
 
+def known(session: Session) -> Facts | None:
+    """Facts about the workers that live now where they are there; nothing is measured for this."""
+    with _lock:
+        measurement = _sessions.get(session)
+        facts = measurement.facts if measurement is not None else None
+    return facts if facts is not None and facts.key == incarnations(session) else None
+
+
 def facts_of(session: Session, *, wait: bool = False) -> Facts | None:
     """Facts about the workers that live now; None while they are being measured, or where that failed.
 
