@@ -32,7 +32,7 @@ def patch_modules(name: str) -> None:
 def _crosses(module: torch.nn.Module, fn: Callable[..., Any], name: str) -> bool:
     """Whether the module is on the device and leaves it, or the other way round."""
     for parameter in module.parameters():
-        if isinstance(parameter, torch.nn.parameter.UninitializedTensorMixin):
+        if hasattr(parameter, "cls_to_become"):
             continue           # a lazy module's, which has no shape yet
         probe = parameter.detach()[:0] if parameter.dim() else parameter.detach()
         try:
