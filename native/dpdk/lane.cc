@@ -314,7 +314,7 @@ std::vector<std::pair<std::string, std::uint64_t>> DpdkLane::details() const {
           {"frames_in", port.frames_in},                     {"frames_out", port.frames_out},
           {"foreign_frames", port.foreign_frames},           {"not_taken", port.not_taken},
           {"no_buffer", port.no_buffer},                     {"linearised", port.linearised},
-          {"gathered", port.gathered}};
+          {"gathered", port.gathered},                       {"untaken_bytes", untaken_bytes_}};
 }
 
 }  // namespace genie::dpdk
