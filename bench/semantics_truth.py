@@ -33,6 +33,7 @@ class Origin:
 Key = tuple[str, str]       # (kind, instance)
 Truth = Mapping[str, Key]   # by node name
 _TOKENS = "(tokens)"        # noted among the children of a module that makes a sequence
+_HALVED = "(halved)"        # of a module that cuts what one layer made into a gate and what it gates
 LAYERS: dict[str, frozenset[str]] = {
     "leaf": frozenset({
         "attention", "kv_cache", "mlp", "gated_mlp", "moe_router", "moe_experts", "embedding", "norm", "positional",
@@ -40,6 +41,7 @@ LAYERS: dict[str, frozenset[str]] = {
     "stage": frozenset({"conv_stage"}), "fusion": frozenset({"fusion"}), "encoder": frozenset({"modality_encoder"})}
 
 _ROTATES = re.compile(r"apply_(multimodal_)?rotary|rotate_half|_apply_rotary_emb|apply_rotary")
+_SINES = re.compile(r"sine_position|sinusoid")                # functions that make a table of positions
 _ADDS_POSITIONS = re.compile(r"= .*\+ .*(pos_embed|position_embedding|embed_pos|positional|pos_encoding|time_embed)")
 _TABLE_LINE = re.compile(r"sincos = |sinusoid_inp")
 _MEAN = re.compile(r"mean\(.*dim=|\.mean\(|mean\(\[-2")
@@ -51,12 +53,14 @@ _RECURRENT = re.compile(r"^(LSTM|GRU|RNN|LSTMCell|GRUCell|RNNCell)$")
 _STATE_SPACE = re.compile(r"(Mamba\d?Mixer|BambaMixer|H1Mixer|RgLru|RecurrentBlock|S4|S6|GatedDeltaNet|"
                           r"RwkvSelfAttention)")
 _POSITIONS = re.compile(r"(Rotary|Position|Sinusoid|Sine|RelativeP)")
+_TABLE_PATH = re.compile(r"pos|wpe|relative_attention_bias|rel_attn|distance_embedding")
 _PATCHES = re.compile(r"(PatchEmbed|PatchEmbeddings|Patches|OverlapPatchEmbeddings)")
 _HEADS = re.compile(r"(^|\.)(lm_head|classifier|score|proj_out|embed_out|output_projection|predictions\.decoder|"
                     r"pred_layer\.proj|vocab_projector|generator_lm_head|decoder)(\.decoder|\.\d+|\.out_proj)?$|"
                     r"(^|\.)classifier\.dense$|^(output|head|fc|lm_loss)$")
 _HEAD_LINE = re.compile(r"LM(Prediction)?Head$")
 _STAGE = re.compile(r"(^Conv|ResNet|RegNet|Bit|ConvNext|ConvNextV2|HGNetV2|TextNet)Stage$|ResNetEmbeddings$")
+_ONE_OP = re.compile(r"^(Linear|Conv\dd|Dropout)$|(Activation|GELU|SiLU|ReLU|Tanh|Sigmoid|Softmax)$")
 _POOLS = re.compile(r"(Pooler|Pool2d|Pool1d|Pooling)$")
 _FF_FIRST = {"fc1", "lin1", "linear1", "pwconv1", "ffn"}
 _FF_LEAF = re.compile(r"^(fc1|fc2|lin1|lin2|linear1|linear2|ff|ffn|ffn_output|activation|activation_fn|pwconv1|pwconv2|"
@@ -65,7 +69,7 @@ _LOSS = re.compile(r"(^|_)loss($|_)|Loss$|cross_entropy$")
 _LOSS_LINE = re.compile(r"\b\w*loss\w* = |\bloss_fct\(|cross_entropy\(")
 _CROSS = re.compile(r"(^|[._])(encoder_attn|cross_?attn|crossattention|cross_attention|encdecattention)([._]|$)|"
                     r"Cross_?Attention", re.IGNORECASE)
-_INTO_SEQUENCE = re.compile(r"masked_scatter\(|torch\.cat\(.*(image|visual|vision|pixel|audio)")
+_INTO_SEQUENCE = re.compile(r"masked_scatter\(|torch\.cat\((?!.*mask).*(image|visual|vision|pixel|audio)")
 _LATE = re.compile(r"(matmul\(|mm\(|@).*(image|text|audio)_(embeds|features)|(image|text|audio)_(embeds|features).* @ ")
 _FEATURES = re.compile(r"products = features @|pairs = ")
 _TOWERS = frozenset({"vision_model", "vision_tower", "text_model", "audio_model", "image_encoder", "visual"})
@@ -80,6 +84,8 @@ def truths_of(origins: Sequence[Origin], modalities: frozenset[str] | None) -> d
             children[parent].add(leaf)
         if len(origin.shape) == 3 and origin.modules:
             children[origin.modules[-1][0]].add(_TOKENS)
+        if origin.modules and ".chunk(2, dim=-1)" in origin.line:
+            children[origin.modules[-1][0]].add(_HALVED)
     known = {path: sorted(names) for path, names in children.items()}
     found: dict[str, Truth] = {
         "leaf": _keep((o.name, _leaf(o, known)) for o in origins),
@@ -148,6 +154,8 @@ def _leaf(node: Origin, children: Mapping[str, Sequence[str]]) -> Key | None:
     outer = _attention(node)
     if any(map(_ROTATES.search, node.functions)):
         return "positional", f"{path}:rotation"
+    if any(map(_SINES.search, node.functions)):
+        return "positional", f"{path}:sines"
     if any("interpolate_pos" in function for function in node.functions):
         return "positional", f"{path}:positions"
     if outer and "update" in node.functions and "lazy_initialization" not in node.functions:
@@ -159,12 +167,13 @@ def _leaf(node: Origin, children: Mapping[str, Sequence[str]]) -> Key | None:
         return "positional", f"{path}:sines"
     if "relative_position_bias_table[" in node.line:
         return "positional", f"{path}:table"
-    if _MEAN.search(node.line) and not _NORM.search(kind) and kind not in ("Linear", "Dropout"):
+    # The line of a mean may hold a layer or an activation too, whose nodes are not the mean's.
+    if _MEAN.search(node.line) and not _NORM.search(kind) and not _ONE_OP.search(kind):
         return "pooling", path
     if _NORM.search(kind):
         return "norm", path
     if kind in ("Embedding", "EmbeddingBag") or kind.endswith(("Embedding", "EmbeddingBag")):
-        positional = _POSITIONS.search(kind) or re.search(r"pos|wpe|relative_attention_bias|rel_attn", path.lower())
+        positional = _POSITIONS.search(kind) or _TABLE_PATH.search(path.lower())
         return ("positional" if positional else "embedding"), path
     if _POSITIONS.search(kind):
         return "positional", path
@@ -207,9 +216,11 @@ def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[
         return "attention", _attention(node)
     if _MLP.search(what) and not (what.endswith("Projector") and "linear" in children.get(where, ())):
         names = set(children.get(where, ()))
-        if what.endswith("PredictionHead") and leaf == max(children.get(path.rsplit(".", 1)[0], ("",))):
+        # Within a decoder such a net makes reference points of queries, which no caller gets.
+        inner = "decoder" in where.split(".")
+        if what.endswith("PredictionHead") and not inner and leaf == max(children.get(path.rsplit(".", 1)[0], ("",))):
             return "logits_head", path
-        gated = names & {"gate_proj", "gate_up_proj", "wi_0", "Wi", "gate", "w3"}
+        gated = names & {"gate_proj", "gate_up_proj", "wi_0", "Wi", "gate", "w3", _HALVED}
         return ("gated_mlp" if gated else "mlp"), where
     if what.endswith("PositionalConvEmbedding"):
         return "positional", where

@@ -245,6 +245,8 @@ class Config:
     resident_quota_gib: float | None = field(default=None, metadata=_per_session(
         _optional(_number(0, 1e6, above=True)),
         "GiB that a session may keep on an embedded worker (None: 60 % of its memory limit)"))
+    observe: bool = field(default=True, metadata=_per_session(
+        _boolean, "time the ops of placed graphs now and then, and keep the times for estimates to come"))
     progress: Progress = field(default="auto", metadata=_per_session(
         _choice("auto", "on", "off"), "progress bars: on a terminal, always, never"))
     workers: int | tuple[str, ...] | None = field(default=None, metadata=_per_session(

@@ -1,6 +1,7 @@
 #include "lane/channel.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -296,6 +297,7 @@ bool Channel::wait(Lock& lock, Ready ready, Deadline until, std::chrono::microse
     if (poll_lane() == 0) {
       if (Clock::now() < spin_until) {
         for (int i = 0; i < 64; ++i) breathe();
+        ::sched_yield();   // the peer may have no other core
       } else if (Clock::now() >= until) {
         polling_ = false;
         if (num_waiting_ > 0) changed_.notify_all();

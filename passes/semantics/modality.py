@@ -36,7 +36,7 @@ def classify_inputs(view: GraphView, found: Sequence[Found]) -> dict[ViewNode, R
     mixed = 0
     for region in found:
         if region.match.kind in _MIXING:
-            mixed |= region.match.core[0].taint
+            mixed |= region.match.core[-1 if region.match.kind == "recurrent" else 0].taint
     states = _states(view, found)
     return {node: guess for node in view.data_inputs if node not in states and
             (guess := _classify(view, node, mixed)) is not None}
@@ -44,14 +44,14 @@ def classify_inputs(view: GraphView, found: Sequence[Found]) -> dict[ViewNode, R
 
 def _states(view: GraphView, found: Sequence[Found]) -> set[ViewNode]:
     """Inputs that hold what earlier calls left: read first within a block that carries a state, beside its values."""
-    states: set[ViewNode] = set()
+    states: set[ViewNode] = set(view.memo.get("states", ()))
     for region in found:
-        if region.match.kind == "recurrent":
+        if region.match.kind == "recurrent" and region.match.annotations["variant"] != "cell":
             states |= {view.through_views(p) for node in region.match.core for p in node.inputs[1:] if not p.weighted}
         elif region.match.kind == "state_space" and region.match.annotations.get("past"):
             inside = set(region.nodes)
             states |= {p for node in region.nodes for p in node.inputs
-                       if p.kind == "input" and p.is_float and inside.issuperset(p.users)}
+                       if p.kind == "input" and p.is_float and all(u in inside or u.op == "copy" for u in p.users)}
     return states
 
 
@@ -68,7 +68,7 @@ def _classify(view: GraphView, node: ViewNode, mixed: int) -> Reading | None:
         return Reading("tabular", "ids of an embedding, and no sequence is mixed")
     if not node.is_float:
         return None
-    return _classify_values(node, reached)
+    return _classify_values(view, node, reached)
 
 
 def _is_position(view: GraphView, node: ViewNode) -> bool:
@@ -77,7 +77,7 @@ def _is_position(view: GraphView, node: ViewNode) -> bool:
     return table is not None and table.hint is not None and table.hint[0] <= 4
 
 
-def _classify_values(node: ViewNode, reached: Sequence[ViewNode]) -> Reading | None:
+def _classify_values(view: GraphView, node: ViewNode, reached: Sequence[ViewNode]) -> Reading | None:
     convolution = next((n for n in sorted(reached, key=lambda n: n.index) if n.op == "conv"), None)
     if convolution is not None:
         if convolution.rank < 4 or node.rank < 4:
@@ -95,10 +95,22 @@ def _classify_values(node: ViewNode, reached: Sequence[ViewNode]) -> Reading | N
     linear = any(n.op == "matmul" for n in reached)
     if linear and node.rank <= 2:
         return Reading("tabular", "a row of values goes into a linear layer")
+    if node.rank == 3 and linear and _convolved_over_time(view, node):
+        return Reading("audio", "frames of values go through layers and convolutions over time",
+                       "frames of sound are told from another series by nothing but these convolutions")
     if node.rank == 3 and (linear or any(n.op == "cat" for n in reached)):
         return Reading("other", "a sequence of vectors made elsewhere",
                        "vectors that were made elsewhere may hold anything")
     return None
+
+
+def _convolved_over_time(view: GraphView, node: ViewNode) -> bool:
+    """Whether what this input alone makes is convolved along its positions further down, over several at once."""
+    for conv in view.by_op.get("conv", ()):
+        kernel = conv.inputs[1].hint if len(conv.inputs) > 1 else None
+        if conv.rank == 3 and conv.taint == node.taint and kernel is not None and kernel[-1] > 1:
+            return True
+    return False
 
 
 def _named(node: ViewNode) -> Reading | None:

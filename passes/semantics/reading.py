@@ -169,8 +169,18 @@ def _dynamo_role(node: fx.Node) -> str:
     """From the fake value and the source alone: the real tensor may be gone."""
     if isinstance(_value(node), torch.nn.Parameter):
         return "parameter"
-    source = str(getattr(getattr(node.meta.get("grapharg"), "source", None), "name", ""))
-    return "parameter" if "._parameters[" in source else "buffer" if "._buffers[" in source else "input"
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = str(getattr(source, "name", ""))
+    if "._parameters[" in name:
+        return "parameter"
+    # A tensor that is a plain attribute of a module is no argument of the call either.
+    return "buffer" if "._buffers[" in name or _of_a_module(source) else "input"
+
+
+def _of_a_module(source: Any) -> bool:
+    kind = getattr(source, "guard_source", None)
+    kind = kind() if callable(kind) else kind
+    return kind is not None and bool(kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module())
 
 
 def _constant(gm: fx.GraphModule, target: str) -> tuple[str, torch.Tensor | None]:

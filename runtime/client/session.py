@@ -19,9 +19,10 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import GenieError, SessionClosedError, WorkerError, WorkerLostError
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
+from genie_dynamo.core.program import WorkerProgram
 from genie_dynamo.runtime.client import stale
 from genie_dynamo.runtime.client.connection import STREAM_GRACE_S, beside, to_error
-from genie_dynamo.runtime.client.measuring import hardware_of, links_among
+from genie_dynamo.runtime.client.measuring import hardware_of, links_among, node_seconds_of
 from genie_dynamo.runtime.client.residency import Residency
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.cluster import WorkerAddress
@@ -183,6 +184,11 @@ class Session:
         """Latency and bandwidth between this process and each worker, and between each two workers, measured now."""
         with self._inside() as links:
             return links_among(links, timeout_s)
+
+    def profile(self, link: WorkerLink, program: WorkerProgram, timeout_s: float = 10.0) -> dict[str, float]:
+        """Seconds by node of a loaded program, where it has run since this was last asked. Raises: WorkerError."""
+        with self._inside():
+            return node_seconds_of(link, program, timeout_s)
 
     @contextmanager
     def _inside(self) -> Iterator[list[WorkerLink]]:

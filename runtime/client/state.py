@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -106,10 +107,13 @@ class StateRules:
                  sent: dict[str, int], stored: list[Stored]) -> Any:
         """How a tensor argument travels; None where it has to go as a plain value."""
         residency = session.residency
+        entry = residency.find(tensor)
+        if entry is None and tensor._base is None and tensor.nbytes < MIN_STATE_BYTES \
+                and index not in self._structural:
+            return None
         if tensor.is_inference() or tensor.layout is not torch.strided or tensor.device.type != "cpu":
             return None
         version = tensor._version - (index in self._bumped)
-        entry = residency.find(tensor)
         if entry is None:
             return self._of_base(residency, link, tensor, version) or self._first_met(
                 residency, link, index, tensor, version, frames, sent, stored)
@@ -126,27 +130,38 @@ class StateRules:
                 return (m.MOVED, entry.tensor_id, entry.epoch)
         else:
             residency.edited(entry, tensor, key)
+            if not self._on_trial(index, tensor):
+                return None                                    # a buffer that the caller fills anew for each call
         if (tensor.nbytes < MIN_STATE_BYTES and index not in self._structural) or _is_foreign(tensor):
             return None
         return self._store(entry, link, tensor, "state", frames, sent, stored)
 
     def _first_met(self, residency: Residency, link: WorkerLink, index: int, tensor: torch.Tensor, version: int,
                    frames: list[Any], sent: dict[str, int], stored: list[Stored]) -> Any:
-        habit = self._inputs.get(index)
-        if habit is None:
-            habit = self._inputs[index] = Habit("input", index in self._structural)
+        habit = self._habit(index)
         size_bytes = tensor.nbytes
         if size_bytes < MIN_STATE_BYTES and (not habit.structural or size_bytes < 64):
             return None
         if _is_foreign(tensor):
             return None
-        wanted = habit.wanted
-        habit.met(size_bytes)
         entry = residency.track(tensor, full_key(tensor, version), habit)
-        if not wanted:
+        if not self._on_trial(index, tensor):
             return None
         reason = "state" if habit.comes_back else "inputs"
         return self._store(entry, link, tensor, reason, frames, sent, stored)
+
+    def _habit(self, index: int) -> Habit:
+        habit = self._inputs.get(index)
+        if habit is None:
+            habit = self._inputs[index] = Habit("input", index in self._structural)
+        return habit
+
+    def _on_trial(self, index: int, tensor: torch.Tensor) -> bool:
+        """A content that no worker has is met at a place: whether it is to stay where it goes."""
+        habit = self._habit(index)
+        wanted = habit.wanted
+        habit.met(tensor.nbytes)
+        return wanted
 
     def _store(self, entry: Entry, link: WorkerLink, tensor: torch.Tensor, reason: str, frames: list[Any],
                sent: dict[str, int], stored: list[Stored]) -> Any:
@@ -181,17 +196,24 @@ class StateRules:
     def handles(self, session: Session, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
         """Handles for the values that are to stay on a worker now; empty where none is."""
         habits = self._outputs
-        chosen = tuple([(session.next_id(), 1) if habits[name].wanted else NOT_KEPT for name in names])
-        return chosen if any(handle is not NOT_KEPT for handle in chosen) else ()
+        wanted = [habits[name].wanted for name in names]
+        return tuple([(session.next_id(), 1) if keep else NOT_KEPT for keep in wanted]) if True in wanted else ()
+
+    def begin(self, args: Sequence[Any]) -> list[torch.Tensor | None]:
+        """What of the values that will be made here can be made while the worker runs; one for each recipe."""
+        with torch.no_grad():
+            return [recipe.begin(args) for recipe in self.recipes]
 
     def finish(self, session: Session, link: WorkerLink, names: Sequence[str], handles: Sequence[tuple[int, int]],
-               result: m.Result, stored: Sequence[Stored], args: Sequence[Any], named: dict[str, Any]) -> None:
-        """All of the above for a call of one worker that changes none of its inputs."""
+               result: m.Result, stored: Sequence[Stored], args: Sequence[Any], named: dict[str, Any],
+               begun: Sequence[torch.Tensor | None] = ()) -> None:
+        """All of what follows for a call of one worker that changes none of its inputs."""
         kept: dict[str, KeptState] = {}
-        self.arrived(session, link, names, handles, result, stored, kept)
+        if handles or stored or result.evicted:
+            self.arrived(session, link, names, handles, result, stored, kept)
         if self.recipes:
             with torch.no_grad():
-                self.rebuild(session, args, named, kept)
+                self.rebuild(session, args, named, kept, begun)
         self.settle(session, args, named, kept)
 
     def arrived(self, session: Session, link: WorkerLink, names: Sequence[str], handles: Sequence[tuple[int, int]],
@@ -220,20 +242,20 @@ class StateRules:
         return None
 
     def rebuild(self, session: Session, args: Sequence[Any], named: dict[str, Any],
-                kept: Mapping[str, KeptState]) -> list[Recipe]:
+                kept: Mapping[str, KeptState], begun: Sequence[torch.Tensor | None] = ()) -> list[Recipe]:
         """Make the values that did not come whole; the recipes that write into inputs are returned, to be carried out.
 
         A value that cannot be made to the bit is fetched from the worker that keeps it, and counted.
         """
         writes = []
-        for recipe in self.recipes:
+        for recipe, half in zip_longest(self.recipes, begun):
             link, handle, form = kept[recipe.value]
             if not recipe.applies(args, named):
                 named[recipe.value] = self._whole(session, link, handle, "an index occurs twice")
             elif recipe.value in self.written:
                 writes.append(recipe)
             else:
-                made = recipe.make(args, named)
+                made = recipe.make(args, named, half)
                 if form != (DTYPE_CODE[made.dtype], tuple(made.shape), made.stride()):
                     made = self._whole(session, link, handle, "the layout differs")
                 named[recipe.value] = made
@@ -257,11 +279,13 @@ class StateRules:
             if not isinstance(tensor, torch.Tensor):
                 continue
             found = kept.get(name)
-            trackable = not tensor.is_inference() and tensor.layout is torch.strided
             if target is None:
                 habit.met(tensor.nbytes)
+            if found is None and (habit.small or target is not None):
+                continue
+            trackable = not tensor.is_inference() and tensor.layout is torch.strided
             if found is None:
-                if trackable and target is None and not habit.small:
+                if trackable:
                     residency.track(tensor, full_key(tensor, tensor._version), habit)
                 continue
             link, handle, form = found

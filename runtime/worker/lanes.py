@@ -10,6 +10,7 @@ import os
 import resource
 import secrets
 import select
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ MAX_OPEN_BYTES = 4 << 30
 DESCRIPTORS_EACH = 8
 """What a lane takes of the process's descriptors, with a few segments."""
 MAX_LANES = 1024
+LINGER_S = 400e-6
+"""How long a worker stays awake for the next message after an answer, while messages come as fast as that."""
 
 
 def max_lanes() -> int:
@@ -103,6 +106,11 @@ class Lanes:
         self._by_name: dict[bytes, _Client] = {}
         self._to_arm: set[_Client] = set()
         self._more: set[_Client] = set()
+        self._answered: _Client | None = None     # the last one
+        self._answered_s = 0.0
+        self._lingered = True                     # since then
+        self._brisk = False                       # what came last came soon after an answer, and from the same client
+        self._may_linger = len(os.sched_getaffinity(0)) > 1
         for fd in self._listeners:
             poller.register(fd, select.EPOLLIN)
 
@@ -119,6 +127,22 @@ class Lanes:
             self._read(client)
         elif fd in self._listeners:
             self._accept(self._listeners[fd])
+
+    def linger(self) -> None:
+        """After an answer, wait awake for the same client's next message where its last one came as soon.
+
+        To wake a sleeping core takes longer than a small run, and what runs then finds its caches cold.
+        """
+        client, lingered, self._lingered = self._answered, self._lingered, True
+        if client is None or lingered or self._more or not (self._brisk and self._may_linger) \
+                or client.name not in self._by_name:
+            return
+        try:
+            came = client.channel.receive(0.0, LINGER_S)
+        except OSError as error:
+            self._drop(client, error)
+            return
+        self._take(client, came)
 
     @property
     def has_more(self) -> bool:
@@ -142,9 +166,13 @@ class Lanes:
         except OSError as error:
             self._drop(client, error)
             return
+        self._take(client, came)
+
+    def _take(self, client: _Client, came: Any) -> None:
         self._to_arm.add(client)
         if came is not None:
             self._more.add(client)           # perhaps: asking again is cheaper than arming
+            self._brisk = client is self._answered and time.monotonic() - self._answered_s < LINGER_S
             header, frames = came
             self._on_message(client.name, header, [native.to_tensor(frame) for frame in frames] if frames else frames)
 
@@ -155,6 +183,7 @@ class Lanes:
             return
         try:
             sent = client.channel.send([header, *frames] if frames else [header], 0.0, 0, client.digest)
+            self._answered, self._answered_s, self._lingered = client, time.monotonic(), False
             if sent and frames and client.channel.statistics()["bytes_open"] <= MAX_OPEN_BYTES:
                 self._to_arm.add(client)
                 return

@@ -114,7 +114,10 @@ class Shell:
             received = self._receive()
             self._socket_used = received
         # A backlog on the one kind of socket does not keep the other waiting.
-        busy = received or (self._streams is not None and self._streams.has_more) or self._lanes.has_more
+        busy = received or (self._streams is not None and self._streams.has_more)
+        if timeout_s and not busy:
+            self._lanes.linger()
+        busy |= self._lanes.has_more
         events = self._poller.poll(0.0 if busy else timeout_s)
         for fd, mask in events:
             if fd == self._socket_fd:

@@ -396,3 +396,21 @@ def test_a_cache_moves_once_from_the_worker_that_made_it_to_the_one_that_uses_it
         stats = genie.get_stats()
         assert stats["events"].get("state moved between workers", 0) == 0
         assert stats["by_reason"]["state"]["sent"] == k.nbytes + v.nbytes
+
+
+@torch.no_grad()
+def test_a_buffer_that_the_caller_fills_anew_for_each_call_travels_after_a_few_trials() -> None:
+    run = torch.compile(torch.sin, backend="genie")
+    x = torch.zeros(4096)
+    rows = []
+    for _ in range(8):
+        x += 1
+        genie.reset_stats()
+        same(run(x), torch.sin(x))
+        rows.append({row["why"]: row["bytes"] for row in genie.get_stats()["resident"]})
+    assert rows[0]["input, on trial"] == x.nbytes
+    assert "input, on trial" not in rows[-1] and "input seen again" not in rows[-1]
+    genie.reset_stats()
+    for _ in range(3):
+        same(run(x), torch.sin(x))
+    assert moved()["inputs"][0] + moved()["state"][0] == x.nbytes      # now it comes back: stored once, and named then

@@ -11,13 +11,14 @@ from genie_dynamo.passes.semantics.patterns.mlp import MLP
 from genie_dynamo.passes.semantics.patterns.moe import EXPERTS, ROUTER
 from genie_dynamo.passes.semantics.patterns.norm import NORM
 from genie_dynamo.passes.semantics.patterns.optimizer import OPTIMIZER
+from genie_dynamo.passes.semantics.patterns.recurrence import RECURRENT
 from genie_dynamo.passes.semantics.patterns.rotary import (
     ANGLES,
     CONVOLVED_POSITIONS,
     LEARNED_POSITIONS,
     ROTARY,
 )
-from genie_dynamo.passes.semantics.patterns.sequence import RECURRENT, STATE_SPACE
+from genie_dynamo.passes.semantics.patterns.sequence import STATE_SPACE
 from genie_dynamo.passes.semantics.patterns.vision import PATCH_EMBEDDING, POOLING
 
 BUILT_IN: tuple[Pattern, ...] = (

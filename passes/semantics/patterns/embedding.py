@@ -26,11 +26,14 @@ def match_embedding(view: GraphView, node: ViewNode) -> Outcome:
                      annotations={"variant": "bag", "rows": rows})
     if not table.weighted:
         return NoMatch("the table is not a weight")
-    position = _counts_positions(view, ids)
-    if position and not (isinstance(rows, int) and rows <= _SEGMENT_ROWS):
+    segment = isinstance(rows, int) and rows <= _SEGMENT_ROWS
+    if _counts_positions(view, ids) and not segment:
         annotations: dict[str, Scalar] = {"variant": "relative" if _square(ids) else "learned", "rows": rows}
         return Match(kind="positional", core=(node,), confidence=0.92, reason="a table read by position",
                      annotations=annotations)
+    if ids.static and not segment and _has_twin(view, node, table):
+        return Match(kind="positional", core=(node,), confidence=0.8, annotations={"variant": "learned", "rows": rows},
+                     reason="constant rows of a table as large as that of the positions")
     if ids.static:
         return Match(kind="embedding", core=(node,), confidence=0.8, annotations={"variant": "segment", "rows": rows},
                      reason="a table read by constant ids")
@@ -51,6 +54,15 @@ def _counts_positions(view: GraphView, ids: ViewNode) -> bool:
         return True
     return ids.static and any(n.kind != "call" and n.is_int for n in sources) and \
         not any(n.op in ("zeros", "zeros_like", "full", "ones") for n in sources)
+
+
+def _has_twin(view: GraphView, node: ViewNode, table: ViewNode) -> bool:
+    """Whether another table of this shape is read by position: then this one holds positions too."""
+    for other in view.by_op["embedding"]:
+        twin, ids = _table_and_ids(other)
+        if other is not node and twin is not table and twin.shape == table.shape and _counts_positions(view, ids):
+            return True
+    return False
 
 
 def _square(ids: ViewNode) -> bool:

@@ -1,12 +1,14 @@
 """Logits head: the linear layer whose result leaves the graph, or is compared with labels."""
 from __future__ import annotations
 
-from genie_dynamo.passes.semantics.ops import ELEMENTWISE, VIEWS
+from genie_dynamo.passes.semantics.ops import ACTIVATIONS, ELEMENTWISE, VIEWS
 from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern, ordered
 from genie_dynamo.passes.semantics.patterns.search import LOSSES, weight_of
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode, is_linear
 
 _AFTER = (ELEMENTWISE - {"exp"}) | VIEWS | {"softmax", "log_softmax"}
+_SQUASH = frozenset({"sigmoid", "tanh", "softplus", "logsigmoid", "clamp"})
+_HIDDEN = ACTIVATIONS - _SQUASH
 _CAPS = frozenset({"div", "mul", "tanh", "add", "sub"}) | VIEWS
 _ENDS = LOSSES | {"output", "argmax", "topk"}
 
@@ -27,6 +29,8 @@ def match_head(view: GraphView, node: ViewNode) -> Outcome:
                 labels = True
             if user.op in _ENDS:
                 continue
+            if user.op in _HIDDEN:
+                return NoMatch(f"its result is activated by {user.op}: features, not scores")
             mixed = [p for p in user.inputs if not p.static and p not in seen]
             if user.op not in _AFTER or mixed:
                 return NoMatch(f"the result goes on into {user.op} ({user.name})")

@@ -1,6 +1,6 @@
 """Mixture of experts: who decides (router), and the experts that compute.
 
-    router   x -> linear -> (softmax | sigmoid) -> topk -> weights and indices of experts
+    router   x -> linear -> (softmax | sigmoid) -> topk, or the best one by one -> weights and indices of experts
     experts  tokens gathered by expert -> grouped product -> act -> grouped product -> scattered back
              or a product per expert with its slice of one weight, joined again
 """
@@ -15,7 +15,9 @@ from genie_dynamo.passes.semantics.view import GraphView, ViewNode, is_linear
 _SCORES = ELEMENTWISE | VIEWS | {"softmax", "sum", "gather", "index", "index_write", "zeros_like"}
 _DISPATCH = VIEWS | frozenset({
     "sort", "floor_divide", "floordiv", "index", "histc", "cumsum", "index_write", "copy", "argsort", "eq", "one_hot",
-    "nonzero", "arange", "remainder", "where", "empty_like", "bincount", "zeros_like", "clamp"})
+    "nonzero", "arange", "remainder", "cat", "where", "empty_like", "bincount", "zeros_like", "clamp"})
+_ROUTES = frozenset({"grouped_matmul", "index_add", "index", "one_hot", "sort", "eq", "index_write", "matmul"})
+_ROUTES_BEST = frozenset({"grouped_matmul", "index_add", "sort", "one_hot"})     # the best one is picked elsewhere too
 _COMBINE = ELEMENTWISE | VIEWS | {"index", "index_write", "index_add", "sum", "grouped_matmul", "copy", "zeros_like"}
 
 
@@ -24,15 +26,15 @@ def match_router(view: GraphView, node: ViewNode) -> Outcome:
     if not scored:
         return NoMatch("the best are taken of values that no linear layer scored")
     linear = max(scored, key=lambda n: n.index)
-    indices = [u for u in node.users if u.op == "item" and u.args[1] == 1]
-    routed = [n for i in indices for n in view.forward(i, _DISPATCH, 40)
-              if n.op in ("grouped_matmul", "index_add", "index", "one_hot", "sort", "eq", "index_write", "matmul")]
+    best = node.op != "topk"
+    indices = [node] if node.op == "argmax" else [u for u in node.users if u.op == "item" and u.args[1] == 1]
+    routed = [n for i in indices for n in view.forward(i, _DISPATCH, 40) if n.op in (_ROUTES_BEST if best else _ROUTES)]
     if not routed:
         return NoMatch("the indices route nothing: the best of a distribution")
     between = [n for n in view.backward(node, _SCORES, 24) if n.index > linear.index and n.op in _SCORES]
     after = [n for n in view.forward(node, frozenset({"item", "softmax", "sum", "div", "add", "cast", "mul"}), 12)
              if n.op in ("item", "softmax", "sum", "div", "mul") and not _after_experts(n)]
-    chosen = node.args[1] if len(node.args) > 1 else node.kwargs.get("k", 0)
+    chosen = 1 if best else node.args[1] if len(node.args) > 1 else node.kwargs.get("k", 0)
     annotations: dict[str, Scalar] = {"experts": _last(linear), "chosen": chosen if isinstance(chosen, int) else 0}
     return Match(kind="moe_router", core=ordered([linear, node]), nodes=ordered([*between, *after]), confidence=0.95,
                  reason="a linear layer scores, the best are chosen, their indices route", annotations=annotations)
@@ -88,6 +90,7 @@ def _below(node: ViewNode) -> list[ViewNode]:
     return found
 
 
-ROUTER = Pattern(name="moe_router", matcher=match_router, kinds=("moe_router",), priority=35, anchors=("topk",))
+ROUTER = Pattern(name="moe_router", matcher=match_router, kinds=("moe_router",), priority=35,
+                 anchors=("topk", "maximum", "argmax"))
 EXPERTS = Pattern(name="moe_experts", matcher=match_experts, kinds=("moe_experts",), priority=35,
                   anchors=("grouped_matmul", "cat"))

@@ -13,6 +13,7 @@ from genie_dynamo.passes.semantics.view import GraphView, ViewNode
 
 _ANGLES = ELEMENTWISE | VIEWS | {"cat", "matmul", "floor_divide", "arange"}
 _ACTIVATED = VIEWS | {"gelu", "relu", "silu", "layer_norm", "conv"}
+_POOLED = VIEWS | {"avg_pool"}        # a convolution with a stride is added to as many means
 _TABLE = VIEWS | {"interpolate", "cat"}
 _SLICES = PURE_VIEWS | {"slice", "select", "cos", "sin"}
 _HALVES = frozenset({"slice", "item", "chunk", "select", "view"})
@@ -97,7 +98,8 @@ def match_angles(view: GraphView, node: ViewNode) -> Outcome:
     twins |= {u for n in (angles, base) for u in view.forward(n, _SLICES, 12) if u.op == "sin"}
     if not twins:
         return NoMatch("a cosine without the sine of the same angles")
-    inner = [n for n in sources if n.kind == "call" and n.op in ("mul", "matmul", "cat", "div", "pow")]
+    inner = [n for n in sources if n.kind == "call" and n.op in ("mul", "matmul", "cat", "div", "pow")
+             and not (n.op == "matmul" and n.weighted)]        # a layer that makes the positions is not their table
     after = [u for n in [node, *twins] for u in n.users if u.op in ("mul", "cast")
              and all(p is n or p.kind != "call" for p in u.inputs)]
     joined = [u for n in [node, *twins] for u in n.users if u.op in ("cat", "stack")]
@@ -108,14 +110,15 @@ def match_angles(view: GraphView, node: ViewNode) -> Outcome:
 
 
 def match_learned(view: GraphView, node: ViewNode) -> Outcome:
-    """x + weight, where the weight has a row per position."""
+    """x + table, where the table, learned or computed beforehand, has a row per position."""
     if len(node.inputs) != 2:
         return NoMatch("not a sum of two values")
     x, offset = node.inputs if node.inputs[1].static else node.inputs[::-1]
-    if x.static or not offset.static or not offset.weighted or offset.hint is None:
-        return NoMatch("not the sum of a value and a weight")
+    if x.static or not offset.static or offset.hint is None or not offset.is_float:
+        return NoMatch("not the sum of a value and a table")
     table = [n for n in view.backward(offset, _TABLE, 24) if n.kind == "call"]
-    sources = [n for n in (offset, *view.backward(offset, _TABLE, 24)) if n.op == "parameter"]
+    kinds = ("parameter",) if offset.weighted else ("buffer",)
+    sources = [n for n in (offset, *view.backward(offset, _TABLE, 24)) if n.op in kinds]
     if not sources or any(n.op not in _TABLE for n in (*table, *([offset] if offset.kind == "call" else ()))):
         return NoMatch("what is added is computed from weights, not read off one")
     source = max(sources, key=lambda n: numel(n) or 0)
@@ -123,9 +126,10 @@ def match_learned(view: GraphView, node: ViewNode) -> Outcome:
         return NoMatch("the weight has no row per position: a bias")
     if len(x.hint) != 3 or (numel(source) or 0) < (offset.hint[-2] * offset.hint[-1]):
         return NoMatch("the weight is broadcast over positions, or the value is no sequence")
+    named = "a weight" if offset.weighted else "a constant table"
     return Match(kind="positional", core=(node,), nodes=ordered([*table, *([offset] if offset.kind == "call" else ())]),
-                 confidence=0.85, reason="a weight with a row per position is added",
-                 annotations={"variant": "learned"})
+                 confidence=0.85, reason=f"{named} with a row per position is added",
+                 annotations={"variant": "learned" if offset.weighted else "constant"})
 
 
 def match_convolved(view: GraphView, node: ViewNode) -> Outcome:
@@ -141,7 +145,8 @@ def match_convolved(view: GraphView, node: ViewNode) -> Outcome:
         return NoMatch("a later one of several in a row")
     source = view.through_views(node.inputs[0])
     path = list(view.forward(node, _ACTIVATED, 192))
-    total = next((n for n in path if n.op == "add" and any(view.through_views(p) is source for p in n.inputs)), None)
+    total = next((n for n in path if n.op == "add" and any(
+        view.through(p, _POOLED) is source for p in n.inputs)), None)
     if total is None:
         return NoMatch("its result is not added to its input")
     inner = [n for n in path if n.op in _ACTIVATED and node.index < n.index < total.index]

@@ -1,8 +1,8 @@
-"""Blocks that carry a state along a sequence: state-space models and recurrences.
+"""State-space blocks: a state that decays along a sequence by an exponential, in a scan or step by step.
 
-    state space   dt = softplus(...); decay = exp(A dt) with A = -exp(weight); state = decay * state + ...
-                  or decay = exp(-c * gate * softplus(weight))
-    recurrent     one op (LSTM, GRU, RNN), or cells: tanh and sigmoid of W x + U h, h fed to the next step
+    dt = softplus(...); decay = exp(A dt) with A = -exp(weight); state = decay * state + ...
+    decay = exp(-c * gate * softplus(weight))
+    state = exp(state - exp(weight) - maximum) * state + exp(key - maximum) * value
 """
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _FLOW = ELEMENTWISE | VIEWS
 _OWN = ACTIVATIONS | {"exp", "cumsum"}
 _STOP = frozenset({"layer_norm", "rms_norm", "group_norm", "embedding", "attention", "output"})
 _BLOCK_LIMIT = 60_000
+_WRITES = VIEWS | {"index_write"}
 
 
 def match_state_space(view: GraphView, node: ViewNode) -> Outcome:
@@ -27,7 +28,7 @@ def match_state_space(view: GraphView, node: ViewNode) -> Outcome:
     block, source = _block(view, node, out)
     past = any(n.kind in ("input", "constant") and n.op in ("input", "buffer") and n.is_float and n.rank >= 2
                and n is not source for b in block for n in b.inputs)
-    kept = any(_leaves(user) for b in block if b is not out for user in b.users if user not in block)
+    kept = any(_leaves(view, user) for b in block if b is not out for user in b.users if user not in block)
     annotations: dict[str, Scalar] = {"variant": decay, "past": past, "kept": kept}
     if source.shape is not None and source.rank >= 3:
         annotations["query_length"] = source.shape[-2]
@@ -36,18 +37,17 @@ def match_state_space(view: GraphView, node: ViewNode) -> Outcome:
                  reason="a state decays by an exponential that the input controls")
 
 
-def _leaves(node: ViewNode) -> bool:
-    """Whether a value is kept for later calls: it leaves the graph, or is copied into what does."""
-    for _ in range(6):
-        if node.op in ("output", "copy"):
-            return True
-        if node.op not in VIEWS or len(node.users) != 1:
-            return any(user.op in ("output", "copy") for user in node.users) and node.op in VIEWS
-        node = node.users[0]
-    return False
+def _leaves(view: GraphView, node: ViewNode) -> bool:
+    """Whether a value is kept for later calls: it, or what the last step makes of it, leaves the graph or is written
+    into what does."""
+    ends = [node] if node.op in ("output", "copy", "index_write") else list(view.forward(node, _FLOW, 24))
+    return any(n.op in ("output", "copy") or (n.op == "index_write" and any(
+        m.op in ("output", "copy") for m in view.forward(n, _WRITES, 512))) for n in ends)
 
 
 def _decay(view: GraphView, node: ViewNode) -> str | NoMatch:
+    if node.op == "exp":
+        return _logarithmic(view, node)
     if node.static:
         below = list(view.forward(node, _FLOW, 24))
         if any(n.op == "exp" and not n.static for n in below):
@@ -60,6 +60,18 @@ def _decay(view: GraphView, node: ViewNode) -> str | NoMatch:
         if any(r.op == "exp" and r.weighted for r in rates):
             return "selective scan"
     return NoMatch("no product with rates that are the exponential of a weight")
+
+
+def _logarithmic(view: GraphView, node: ViewNode) -> str | NoMatch:
+    """Rates that are added to the exponent of a state: it decays by exp(rate) from step to step."""
+    if not node.static or not node.weighted:
+        return NoMatch("not the exponential of a weight")
+    for total in view.forward(node, VIEWS | {"neg"}, 16):
+        if total.op in ("add", "sub") and not total.static:
+            below = list(view.forward(total, frozenset({"sub", "maximum"}) | VIEWS, 16))
+            if any(n.op == "exp" and any(u.op == "mul" for u in n.users) for n in below):
+                return "exponents"
+    return NoMatch("the exponential of a weight, and no exponent of a state that it is added to")
 
 
 def _out_projection(view: GraphView, node: ViewNode) -> ViewNode | None:
@@ -113,8 +125,9 @@ def _block_input(view: GraphView, node: ViewNode) -> ViewNode:
             seen.add(source)
             continue
         for producer in current.inputs:
+            # A state is read out of what holds those of all blocks, into which others have written.
             if producer not in seen and not producer.static and producer.kind == "call" and \
-                    not _outer(view, producer):
+                    producer.op not in ("index_write", "copy") and not _outer(view, producer):
                 seen.add(producer)
                 queue.append(producer)
     return top
@@ -145,65 +158,5 @@ def _normalised(node: ViewNode) -> ViewNode | None:
     return None
 
 
-def match_recurrent(view: GraphView, node: ViewNode) -> Outcome:
-    if node.op in ("lstm", "gru", "rnn"):
-        items = tuple(u for u in node.users if u.op == "item")
-        return Match(kind="recurrent", core=(node, *items), confidence=0.98, reason=f"the op {node.target}",
-                     annotations={"variant": node.op, **_state_of_op(view, node, items)})
-    return _cell(view, node)
-
-
-def _state_of_op(view: GraphView, node: ViewNode, items: tuple[ViewNode, ...]) -> dict[str, Scalar]:
-    """Whether the state comes in and goes out, and how many steps the call adds."""
-    data = node.inputs[0]
-    states = [p for p in node.inputs[1:] if p.is_float and not p.weighted and p.rank in (2, 3)]
-    past = any(view.through_views(p).kind != "call" or not view.through_views(p).static for p in states)
-    last = [item for item in items if item.args[1] != 0] if len(items) > 1 else []
-    steps = data.shape[0 if _time_first(node, data) else 1] if data.shape is not None and data.rank == 3 else 1
-    return {"past": past, "kept": any(_kept(view, item) for item in last), "query_length": steps}
-
-
-def _kept(view: GraphView, item: ViewNode) -> bool:
-    """Whether a layer's last state leaves the graph, alone or stacked with those of other layers."""
-    return any(n.op == "output" for n in view.forward(item, VIEWS | {"stack", "cat"}, 12))
-
-
-def _time_first(node: ViewNode, data: ViewNode) -> bool:
-    """The ops' last flag is batch_first; the kernel that they become on a CPU has time first."""
-    if node.target.startswith("mkldnn"):
-        return True
-    flags = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, bool)]
-    return not (flags and flags[-1])
-
-
-def _cell(view: GraphView, node: ViewNode) -> Outcome:
-    """One step: the candidate of a cell, whose linear layers read the input and the state before."""
-    if node.static:
-        return NoMatch("a tanh of weights")
-    linears = [n for n in view.backward(node, _FLOW, 24) if n.op == "matmul"]
-    sources = {view.through_views(p[0]) for n in linears if (p := operands(n)) is not None}
-    if len(sources) < 2:
-        return NoMatch("not the sum of what two linear layers make of an input and a state")
-    after = list(view.forward(node, _FLOW, 24))
-    if not any(n.op == "matmul" or n.op in ("output", "stack", "cat") for n in after):
-        return NoMatch("the state goes nowhere")
-    gates = [n for n in view.backward(node, _FLOW, 24) if n.op in ("sigmoid", "chunk", "item", "add")]
-    hidden = [s for s in sources if _is_state(view, s)]
-    if not hidden:
-        return NoMatch("none of the linear layers reads a state of the step before")
-    inner = [n for n in after if n.op in ELEMENTWISE]
-    return Match(kind="recurrent", core=ordered([node, *linears]), nodes=ordered([*gates, *inner]), confidence=0.9,
-                 reason="a step of a recurrence: tanh of input and state", annotations={"variant": "cell"})
-
-
-def _is_state(view: GraphView, node: ViewNode) -> bool:
-    """Fresh zeros, an input, or what an earlier tanh made."""
-    if node.op in ("zeros", "new_zeros", "zeros_like", "full") or (node.kind == "input" and node.op == "input"):
-        return True
-    return any(n.op == "tanh" for n in [node, *view.backward(node, _FLOW, 12)])
-
-
 STATE_SPACE = Pattern(name="state_space", matcher=match_state_space, kinds=("state_space",), priority=38,
-                      anchors=("softplus",))
-RECURRENT = Pattern(name="recurrent", matcher=match_recurrent, kinds=("recurrent",), priority=36,
-                    anchors=("lstm", "gru", "rnn", "tanh"))
+                      anchors=("softplus", "exp"))

@@ -51,11 +51,24 @@ def match_pooling(view: GraphView, node: ViewNode) -> Outcome:
         return NoMatch("a mean over everything: a loss or a report")
     positions = {d % source.rank for d in dims}
     image = source.rank == 4 and positions == {2, 3}
+    if source.rank == 4 and positions in ({2}, {3}):
+        return _one_side(view, node, source)
     sequence = source.rank == 3 and (positions == {1} or (positions == {2} and _channels_first(view, source)))
     if not image and not sequence:
         return NoMatch(f"a mean over dims {sorted(positions)} of {source.rank}: not over positions")
     return Match(kind="pooling", core=(node,), confidence=0.9, annotations={"variant": "mean"},
                  reason="a mean over positions")
+
+
+def _one_side(view: GraphView, node: ViewNode, source: ViewNode) -> Outcome:
+    """A mean over rows and then one over columns: one pooling in two steps."""
+    if source.op == "mean" and source.rank == 4:
+        return NoMatch("the second step of a mean over both sides of an image")
+    second = next((u for u in view.forward(node, VIEWS, 4) if u.op == "mean"), None)
+    if second is None or not second.inputs or second.inputs[0].rank != node.rank:
+        return NoMatch("a mean over one side of an image alone")
+    return Match(kind="pooling", core=(node, second), confidence=0.9, annotations={"variant": "mean"},
+                 reason="a mean over rows, then over columns")
 
 
 def _channels_first(view: GraphView, node: ViewNode) -> bool:
