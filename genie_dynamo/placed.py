@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 TIME_LIMIT_S: float | None = 0.5
 """What planning one graph may take of the call that it happens before."""
 
-Build = Callable[[fx.GraphModule, Assign, Sequence[str]], RemoteGraph]
+Build = Callable[[fx.GraphModule, Assign, Sequence[str], bool], RemoteGraph]
+"""`build(graph, assignment of its nodes, worker names, whether each worker keeps to the graph's order)`."""
 
 
 @dataclass(slots=True)
@@ -88,7 +89,7 @@ class PlacedGraph:
     def __call__(self, args: list[Any]) -> tuple[Any, ...]:
         session = self._get_session()
         if self.parts.refusal:
-            session.telemetry.event(f"microbatches not used: {self.parts.refusal}")
+            self.refused(self.parts.refusal)
         if len(session.links) > 1 and self._lock.acquire(blocking=False):
             try:
                 self._place(session, args)
@@ -114,6 +115,10 @@ class PlacedGraph:
             log.warning("%s was cut over %s and runs whole now: %s", self.label, ", ".join(self._workers), error)
             self._make_whole()
             return self._current(values)
+
+    def refused(self, reason: str) -> None:
+        """Count a call whose batch was to be cut and was not."""
+        self._get_session().telemetry.event(f"microbatches not used: {reason}")
 
     def _make_whole(self) -> None:
         self._found = None
@@ -201,7 +206,8 @@ class PlacedGraph:
         """Go by a partition from now on."""
         if len(found.workers) > 1:
             over = self.gm if found.split is None else found.split.gm
-            cut = self._build(over, lambda node: found.assign.get(node.name, 0), found.workers)
+            in_order = found.split is not None and found.split.in_order
+            cut = self._build(over, lambda node: found.assign.get(node.name, 0), found.workers, in_order)
             log.info("%s is cut over %s: %.3g ms estimated", self.label, ", ".join(found.workers), found.est_s * 1e3)
             self._current, self._workers = cut, found.workers
             self._homes.workers, self._homes.of_value = found.workers, found.assign
@@ -209,7 +215,7 @@ class PlacedGraph:
             return
         self._make_whole()
         if found.pinned:
-            self._current, self._workers = self._build(self.gm, lambda node: 0, found.workers), found.workers
+            self._current, self._workers = self._build(self.gm, lambda node: 0, found.workers, False), found.workers
 
     def _follow(self) -> None:
         """A backward graph runs where the activations are that it reads."""
@@ -219,10 +225,11 @@ class PlacedGraph:
         assign = {node.name: worker for node, worker in _follow(self.gm, self._homes.of_value).items()}
         split = self.parts.of_backward(self.gm, self.facts, self._homes.rows, self._config.microbatches)
         if split is None:
-            self._current = self._build(self.gm, lambda node: assign[node.name], self._homes.workers)
+            self._current = self._build(self.gm, lambda node: assign[node.name], self._homes.workers, False)
             return
         origin = split.origin
-        self._current = self._build(split.gm, lambda node: assign[origin[node.name]], self._homes.workers)
+        self._current = self._build(split.gm, lambda node: assign[origin[node.name]], self._homes.workers,
+                                    False)
 
 
 def _follow(gm: fx.GraphModule, homes: Mapping[str, int]) -> dict[fx.Node, int]:
