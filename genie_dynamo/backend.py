@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch._functorch.config
-from functorch.compile import default_partition
 from torch import fx
 from torch._dynamo import eval_frame
 from torch._dynamo.backends.common import aot_autograd
@@ -33,11 +32,13 @@ from genie_dynamo.core.fragment import encode
 from genie_dynamo.core.plan import GuardFacts
 from genie_dynamo.device.compiled import is_on_device, recorded
 from genie_dynamo.fused import remote_call
+from genie_dynamo.partitioning import partition_fn
 from genie_dynamo.parts import Parts
 from genie_dynamo.passes.facts import GraphFacts, read_facts, read_guards
 from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
 from genie_dynamo.passes.pipeline import run_pipeline
 from genie_dynamo.passes.planning import Assign, plan_graph
+from genie_dynamo.passes.rows.split import SplitGraph
 from genie_dynamo.passes.semantics.carry import carry_over
 from genie_dynamo.passes.specialize import symbolic_batch
 from genie_dynamo.placed import Homes, PlacedGraph
@@ -81,7 +82,7 @@ def genie(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> C
     with torch._functorch.config.patch(donated_buffer=False):
         compiled: Callable[..., Any] = aot_autograd(
             fw_compiler=compiler("forward"), bw_compiler=compiler("backward"),
-            inference_compiler=compiler("inference"), partition_fn=default_partition,
+            inference_compiler=compiler("inference"), partition_fn=partition_fn(config),
             keep_inference_input_mutations=True,
         )(gm, example_inputs)
     return compiled
@@ -125,9 +126,9 @@ def _compile_graph(gm: fx.GraphModule, *, facts: GraphFacts, guards: GuardFacts,
     session = lambda: sessions.session(namespaces)  # noqa: E731 - it is handed on
 
     def build(assign: Assign | None, workers: Sequence[str], count: int, over: fx.GraphModule = gm,
-              in_order: bool = False) -> RemoteGraph:
-        plan = plan_graph(over, facts, guards, assign=assign, num_workers=count, keep_state=keep_state and over is gm,
-                          in_order=in_order)
+              split: SplitGraph | None = None) -> RemoteGraph:
+        plan = plan_graph(over, facts, guards, assign=assign, num_workers=count,
+                          keep_state=keep_state and split is None, in_order=split is not None and split.in_order)
         if remote:
             changed = {index for index, _ in plan.mutations}
             plan = dataclasses.replace(plan, stays=tuple(i for i in facts.static_inputs if i in changed))
@@ -151,7 +152,7 @@ def _compile_graph(gm: fx.GraphModule, *, facts: GraphFacts, guards: GuardFacts,
     if assign is not None:
         return first
     placed = PlacedGraph(gm, facts, config, label, homes, session, first, parts,
-                         lambda over, assign, workers, in_order: build(assign, workers, len(workers), over, in_order))
+                         lambda over, assign, workers, split: build(assign, workers, len(workers), over, split))
     for watch in observers:
         watch(placed)
     return placed

@@ -55,7 +55,7 @@ def as_plain(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.resolve_conj()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    return tensor if tensor.device.type == "cpu" else tensor.cpu()
+    return tensor if tensor.is_cpu else tensor.cpu()
 
 
 def describe(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:

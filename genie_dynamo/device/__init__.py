@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -25,31 +25,39 @@ def arrange() -> None:
     """
     if "genie_dynamo.runtime.worker" in sys.orig_argv:
         return
-    if "torch" in sys.modules:
-        register()
-    elif not any(isinstance(finder, _AfterTorch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterTorch())
+    after_import("torch", register)
 
 
-class _AfterTorch(importlib.abc.MetaPathFinder):
-    """Sees the import of torch, and registers the device when it has ended."""
+def after_import(name: str, action: Callable[[], None]) -> None:
+    """Run an action when the module is there: now, or when its import has ended."""
+    if name in sys.modules:
+        action()
+    elif not any(isinstance(finder, _After) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _After(name, action))
+
+
+class _After(importlib.abc.MetaPathFinder):
+    """Sees the import of one module, and runs an action when it has ended."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self.name, self._action = name, action
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None,
                   target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "torch":
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader)
+            spec.loader = _Then(spec.loader, self._action)
         return spec
 
 
 class _Then(importlib.abc.Loader):
-    """A loader that registers the device after its module."""
+    """A loader that runs an action after its module."""
 
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
+    def __init__(self, loader: Any, action: Callable[[], None]) -> None:
+        self._loader, self._action = loader, action
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)  # type: ignore[no-any-return]
@@ -59,7 +67,7 @@ class _Then(importlib.abc.Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        register()
+        self._action()
 
 
 def register() -> None:
@@ -80,9 +88,11 @@ def register() -> None:
         return
     from genie_dynamo.device.module import RemoteAccelerator
     from genie_dynamo.device.moving import patch_modules
+    from genie_dynamo.device.streams import without_streams
 
     _setup_privateuseone_for_python_backend(NAME, backend_module=RemoteAccelerator())
     patch_modules(NAME)
+    after_import("torch._dynamo.variables.streams", without_streams)
     fallback: Any = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
     fallback.fallback(_first_op, "PrivateUse1")
     _libraries.append(fallback)

@@ -135,7 +135,7 @@ class Attempts:
                 link.check_alive()
             else:
                 # The worker that the graph was placed on, where it lives; else any: its loss must not stop the graph.
-                placed = [x for x in session.links if x.name in self._workers and not x.lost]
+                placed = [x for x in session.links if x.name in self._workers and not x.lost] if self._workers else ()
                 link = placed[0] if placed else self._near_state(session, args) or session.pick(part.prefer)
             links, key = [link], (link.key,)
         else:

@@ -22,6 +22,18 @@ def test_the_device_is_there_whichever_is_imported_first() -> None:
         assert done.stdout.split() == [f"{DEVICE}:0", "1"]
 
 
+def test_compiled_calls_of_other_backends_do_not_pay_for_the_device() -> None:
+    code = ("import torch, genie_dynamo\n"
+            "from torch._dynamo import graph_bytecode_inputs as fetched, utils\n"
+            "calls = []\n"
+            "fetched.store_user_object_weakrefs = lambda *args: calls.append(args)\n"
+            "utils.get_current_stream = lambda device: calls.append(device)\n"
+            "compiled = torch.compile(lambda x: x + 1, backend='eager')\n"
+            "print(compiled(torch.ones(2)).tolist(), torch.accelerator.is_available(), calls)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[2.0, 2.0] True []"
+
+
 def test_importing_us_does_not_import_torch() -> None:
     code = "import genie_dynamo, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -146,8 +146,8 @@ def test_a_training_step_starts_no_part_before_it_comes_back_to_an_earlier_one(p
                               backward) for worker in (0, 1)}
     assert sorted(held.values()) == [1, 2], "one part at the worker that ends the forward, two at the one that begins"
     free = plan_graph(split.gm, step[1], GuardFacts(), assign=lambda n: found.assign[n.name], num_workers=2)
-    ahead = [most_held([n for f in free.fragments if f.worker == worker for n in f.node_names], split, forward, backward)
-             for worker in (0, 1)]
+    ahead = [most_held([n for f in free.fragments if f.worker == worker for n in f.node_names], split, forward,
+                       backward) for worker in (0, 1)]
     assert max(ahead) == parts, "what the order is for"
 
 
