@@ -143,8 +143,12 @@ def synchronize(target: Any = None, *, lost: Literal["error", "rollback"] = "err
     Args:
         target: a module or optimizer, for those who read the code.
         lost:   where a worker cannot be asked any more: raise, or take the last synchronised state ("rollback").
-    Raises:     WorkerLostError; ConfigError for another `lost`.
+    Raises:     WorkerLostError; ConfigError for another `lost`; TypeError for another kind of target.
     """
+    import torch
+
+    if target is not None and not isinstance(target, torch.nn.Module | torch.optim.Optimizer | torch.Tensor):
+        raise TypeError(f"genie.synchronize takes a module, an optimizer, a tensor or nothing, got {target!r:.60}")
     if lost not in ("error", "rollback"):
         raise ConfigError(f"lost={lost!r}: must be 'error' or 'rollback'", option="lost", value=lost)
     try:

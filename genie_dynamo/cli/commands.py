@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,8 @@ def run_explain(arguments: argparse.Namespace) -> int:
 
     if not Path(arguments.script).is_file():
         raise ConfigError(f"{arguments.script} is no file; give the path of a Python script")
+    if arguments.html and not os.access(Path(arguments.html).resolve().parent, os.W_OK):
+        raise ConfigError(f"--html {arguments.html}: its folder does not exist or cannot be written to")
     found = explain_script(arguments.script, arguments.arguments, quiet=arguments.json)
     if not found.graphs:
         raise ConfigError(f'{arguments.script} ran no graph on a worker; does it call torch.compile(..., '
@@ -224,9 +227,13 @@ def add_keygen(parser: Parser, subparsers: Any) -> None:
 
 
 def run_keygen(arguments: argparse.Namespace) -> int:
+    from genie_dynamo.core.errors import ConfigError
     from genie_dynamo.runtime.security import generate_keys
 
-    paths = [str(path) for path in generate_keys(arguments.directory)]
+    try:
+        paths = [str(path) for path in generate_keys(arguments.directory)]
+    except OSError as error:
+        raise ConfigError(f"no keys were written to {arguments.directory}: {error.strerror}") from error
     if arguments.json:
         print(json.dumps({"files": paths}, indent=2))
         return 0

@@ -165,13 +165,16 @@ def _log_level(value: Any) -> str:
 
 
 def _not_yet(parse: Parser, *available: Any) -> Parser:
-    """A right value whose feature does not exist yet is refused in these words, not ignored."""
+    """What asks for a feature that does not exist yet is refused in these words, not ignored."""
 
     def parse_available(value: Any) -> Any:
-        parsed = parse(value)
+        try:
+            parsed = parse(value)
+        except _Bad:
+            parsed = value
         if parsed not in available:
             right = " or ".join(map(repr, available))
-            raise _Bad(f"{right}: {parsed!r} is not available yet in this release")
+            raise _Bad(f"{right}: the rest is not available yet in this release")
         return parsed
 
     return parse_available
@@ -272,6 +275,9 @@ class Config:
         if self.latency_bound_s is not None and self.policy != "min_cost":
             raise ConfigError(f"latency_bound_s={self.latency_bound_s:g} bounds min_cost; policy={self.policy!r} has "
                               "no use for it", option="latency_bound_s")
+        if self.parameters == "remote" and self.awareness == "blind":
+            raise ConfigError("parameters='remote' leaves parameters on their worker, and awareness='blind' keeps "
+                              "nothing there; choose one of them", option="parameters")
         if self.workers is not None and self.cluster is not None:
             raise ConfigError(
                 f"both workers={self.workers!r} and cluster={self.cluster!r} are given; keep one of them",

@@ -82,11 +82,11 @@ class ConstantSpec:
         """A fresh tensor with these bits, shape and strides."""
         core = tensors.core_shape(self.shape, self.stride)
         if self.gaps:
-            packed = torch.empty(core, dtype=self.dtype)
+            packed = torch.empty(core, dtype=self.dtype, device="cpu")
             tensors.copy_in(packed, self.data)
-            flat = torch.empty_strided(core, self.stride, dtype=self.dtype).copy_(packed)
+            flat = torch.empty_strided(core, self.stride, dtype=self.dtype, device="cpu").copy_(packed)
         else:
-            flat = torch.empty_strided(core, self.stride, dtype=self.dtype)
+            flat = torch.empty_strided(core, self.stride, dtype=self.dtype, device="cpu")
             tensors.copy_in(flat, self.data)
         if device.type != "cpu":
             flat = flat.to(device)

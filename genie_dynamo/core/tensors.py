@@ -50,7 +50,7 @@ def as_plain(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor._is_zerotensor():
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)      # it has no memory to copy from
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")      # it has no memory to copy from
     if tensor.is_conj():
         tensor = tensor.resolve_conj()
     if tensor.is_neg():
@@ -212,7 +212,7 @@ def view_of(memory: torch.Tensor, view: View) -> torch.Tensor:
     reach = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 if numel(shape) else 0
     if offset_bytes + reach * dtype.itemsize > memory.numel():
         raise ProtocolError(f"a view of shape {shape} and stride {stride} reaches beyond {memory.numel()} bytes")
-    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), start, shape, stride)
+    return torch.empty(0, dtype=dtype, device=memory.device).set_(memory.untyped_storage(), start, shape, stride)
 
 
 def view_within(base: torch.Tensor, view: Any) -> torch.Tensor:
@@ -242,4 +242,4 @@ def view_of_input(source: torch.Tensor, view: View) -> torch.Tensor:
     start = start_bytes // dtype.itemsize
     if dtype == source.dtype:
         return source.as_strided(shape, stride, start)
-    return torch.empty(0, dtype=dtype).set_(source.untyped_storage(), start, shape, stride)
+    return torch.empty(0, dtype=dtype, device=source.device).set_(source.untyped_storage(), start, shape, stride)

@@ -427,7 +427,7 @@ def _landed(node: Node, value: torch.Tensor) -> None:
     """The node's value is here; it lies in memory as the node says."""
     own = node.layout
     if own is not None and value.stride() != own.stride and value.shape == own.shape:
-        value = torch.empty_strided(own.shape, own.stride, dtype=own.dtype).copy_(value)
+        value = torch.empty_strided(own.shape, own.stride, dtype=own.dtype, device="cpu").copy_(value)
     node.value, node.call, node.inputs, node.scalars = value, None, (), ()
 
 

@@ -33,7 +33,7 @@ def _strided_like(value: Tensor, node: Node) -> Tensor:
     assert out is not None
     if 0 in out.stride or not value.numel():
         return value
-    return torch.empty_strided(out.shape, out.stride, dtype=out.dtype).copy_(value)
+    return torch.empty_strided(out.shape, out.stride, dtype=out.dtype, device="cpu").copy_(value)
 
 
 def local_scalar_dense(self: Tensor) -> Any:

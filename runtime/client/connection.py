@@ -6,6 +6,7 @@ the ZeroMQ socket, and the stream says so. Negotiation (runtime/client/negotiati
 """
 from __future__ import annotations
 
+import socket as socket_module
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -223,9 +224,8 @@ def greet(connection: Connection, token: bytes, lease_s: float, facts: dict[str,
         answer = connection.ask(hello, time.monotonic() + timeout_s)
     except WorkerTimeoutError as error:
         raise WorkerUnreachableError(
-            f"no genie worker answers at {connection.address} within {timeout_s:g} s; start one there with "
-            f"`genie worker --bind {connection.address}`, check the address and the firewall, and if it was started "
-            "with keys give genie.init(cluster=...) its public key", address=connection.address) from error
+            f"no genie worker answers at {connection.address} within {timeout_s:g} s; "
+            f"{_what_to_do(connection.address)}", address=connection.address) from error
     if not isinstance(answer, m.Welcome):
         raise ProtocolError(f"{connection.address} answered hello with {type(answer).__name__}")
     if answer.version != m.PROTOCOL_VERSION:
@@ -233,6 +233,18 @@ def greet(connection: Connection, token: bytes, lease_s: float, facts: dict[str,
             f"the worker at {connection.address} speaks protocol {answer.version}, this client {m.PROTOCOL_VERSION}; "
             "install the same genie-dynamo release on both sides")
     return answer
+
+
+def _what_to_do(address: str) -> str:
+    if address.startswith("tcp://"):
+        host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+        try:
+            socket_module.getaddrinfo(host, None)
+        except OSError as error:
+            return f"the name {host!r} leads nowhere ({error.strerror or error}): check it"
+    return (f"if none runs there, start one with `genie worker --bind {address}`, and check the port and the firewall; "
+            "if one runs with keys, it answers only who knows its server.key and whose own *.key file lies in its --keys "
+            "directory (its log names a key that it refuses): name both in cluster.yaml")
 
 
 def beside(address: str, told: str) -> str:

@@ -85,7 +85,7 @@ def node_seconds_of(link: WorkerLink, program: WorkerProgram, timeout_s: float) 
 def _echo(connection: Connection, session: bytes, size_bytes: int, deadline_s: float) -> float:
     """Seconds of the fastest round trip."""
     lane, best_s = ZmqFrames(), float("inf")
-    payload = torch.ones(size_bytes, dtype=torch.uint8)
+    payload = torch.ones(size_bytes, dtype=torch.uint8, device="cpu")
     for _ in range(ECHOES):
         frames: list[Any] = []
         request = connection.next_request()

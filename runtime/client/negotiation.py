@@ -113,7 +113,7 @@ def _try(connection: Connection, welcome: m.Welcome, name: str, version: int, ad
         return str(error)
     try:
         connection.open_end(end, welcome.connection, token, lease_s, timeout_s)
-        nonce = torch.randint(256, (NONCE_BYTES,), dtype=torch.uint8, generator=_fresh_generator())
+        nonce = torch.randint(256, (NONCE_BYTES,), dtype=torch.uint8, device="cpu", generator=_fresh_generator())
         if not torch.equal(_echo(connection, token, nonce), nonce):
             raise ProtocolError("what came back is not what was sent")
     except GenieError as error:
@@ -134,7 +134,7 @@ def _decide(connection: Connection, choice: LaneChoice, name: str, token: bytes,
     choice.reason = "the best of those offered" if not choice.refused else "the best of those that work"
     if measured and choice.gb_per_s:
         return
-    payload = torch.zeros(RATE_BYTES, dtype=torch.uint8)
+    payload = torch.zeros(RATE_BYTES, dtype=torch.uint8, device="cpu")
     best_s = float("inf")
     for _ in range(RATE_ECHOES):
         started_s = time.perf_counter()

@@ -62,7 +62,7 @@ class Recipe:
         dim = self._append.dim
         shape = list(old.shape)
         shape[dim] += self._num_rows
-        begun = torch.empty(shape, dtype=old.dtype)
+        begun = torch.empty(shape, dtype=old.dtype, device="cpu")
         begun.narrow(dim, 0, old.shape[dim]).copy_(old)
         return begun
 
@@ -88,7 +88,7 @@ class Recipe:
         made = self._run(self._steps, args, pieces)
         if self._ends_in_view:
             # As an output of its own: autograd, and who asks for its base, would take a view for something else.
-            made = torch.empty(0, dtype=made.dtype).set_(
+            made = torch.empty(0, dtype=made.dtype, device="cpu").set_(
                 made.untyped_storage(), made.storage_offset(), made.shape, made.stride())
         return made
 

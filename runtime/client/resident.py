@@ -35,7 +35,7 @@ _EPOCH = 0
 class Resident:
     """A value on a worker, by handle (incarnation, id, epoch 0). It is freed there when this object dies."""
 
-    __slots__ = ("form", "link", "session", "size_bytes", "tensor_id", "underway")
+    __slots__ = ("_usage", "form", "link", "session", "size_bytes", "tensor_id", "underway")
 
     def __init__(self, session: Session, link: WorkerLink, size_bytes: int) -> None:
         self.session, self.link = session, link
@@ -43,13 +43,14 @@ class Resident:
         self.size_bytes = size_bytes
         self.underway = True            # no run that used it has been answered yet
         self.form: Any = None           # (dtype code, shape, stride), as the worker tells it
-        usage = _usage(link)
+        self._usage = usage = _usage(link)
         usage[0] += size_bytes
         usage[1] = max(usage)
 
     def __del__(self) -> None:
-        _usage(self.link)[0] -= self.size_bytes
-        self.link.frees.append((self.tensor_id, _EPOCH))
+        # Also at the interpreter's end, when the names of this module are gone.
+        self._usage[0] -= self.size_bytes
+        self.link.frees.append((self.tensor_id, 0))
 
     def check(self, session: Session, link: WorkerLink) -> None:
         """Raises: WorkerLostError, StaleHandleError where the value can no longer be had."""

@@ -46,7 +46,7 @@ def placeholder(handle: SavedHandle) -> torch.Tensor:
     """A tensor of the right dtype and shape that stands for the handle."""
     code, shape, _ = handle.form
     # At least one element of memory, also for empty shapes: the address must be its own.
-    tensor = torch.empty((1,), dtype=DTYPES[code]).as_strided_(shape, (0,) * len(shape))
+    tensor = torch.empty((1,), dtype=DTYPES[code], device="cpu").as_strided_(shape, (0,) * len(shape))
     handle.address = tensor.untyped_storage().data_ptr()
     _live[handle.address] = weakref.ref(handle)
     setattr(tensor, _ATTRIBUTE, handle)

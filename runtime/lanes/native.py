@@ -39,7 +39,8 @@ def lane_version() -> int:
 
 def to_tensor(memory: Any) -> torch.Tensor:
     """A uint8 tensor over a received buffer, which lives as long as the tensor. It may be another process's pages."""
-    return torch.frombuffer(memory, dtype=torch.uint8) if len(memory) else torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(memory, dtype=torch.uint8) if len(memory) else torch.empty(
+        0, dtype=torch.uint8, device="cpu")
 
 
 def to_own_tensor(memory: Any) -> torch.Tensor:

@@ -181,7 +181,7 @@ class Reader:
             raise MessageLimitError(f"{len(sizes)} frames of {sum(sizes)} bytes on a stream; at most {_MAX_BYTES} are "
                                     "read")
         for size in sizes:
-            frame = torch.empty(size, dtype=torch.uint8)
+            frame = torch.empty(size, dtype=torch.uint8, device="cpu")
             self._frames.append(frame)
             memory = memoryview(frame.numpy())  # type: ignore[arg-type]
             ready = min(size, self._end - self._start)

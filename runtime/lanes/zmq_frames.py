@@ -49,14 +49,14 @@ class ZmqFrames:
             raise ProtocolError(f"a {form.dtype} tensor of shape {form.core} takes {form.size_bytes} bytes, "
                                 f"{len(data)} came")
         if type(data) is bytes:
-            flat = torch.empty_strided(form.core, form.core_stride, dtype=form.dtype)
+            flat = torch.empty_strided(form.core, form.core_stride, dtype=form.dtype, device="cpu")
             tensors.copy_in(flat, data)
         elif isinstance(data, torch.Tensor):
             flat = data.view(form.dtype).as_strided(form.core, form.core_stride)
         else:
             flat = _adopt(data, form.dtype).as_strided(form.core, form.core_stride)
         if form.gaps:
-            scattered = torch.empty_strided(form.core, form.stride, dtype=form.dtype)
+            scattered = torch.empty_strided(form.core, form.stride, dtype=form.dtype, device="cpu")
             flat = scattered.copy_(flat)
         if device.type != "cpu":
             flat = flat.to(device)

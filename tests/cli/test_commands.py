@@ -155,6 +155,9 @@ def test_keygen_writes_four_files_and_never_overwrites(tmp_path: Path, capsys: p
     assert main(["keygen", str(folder)]) == 1
     assert "exists" in capsys.readouterr().err
     assert [path.read_bytes() for path in files] == before
+    (tmp_path / "file").write_text("")
+    assert main(["keygen", str(tmp_path / "file" / "keys")]) == 1
+    assert "no keys were written" in capsys.readouterr().err
 
 
 def test_patterns_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,8 @@ def test_a_script_is_explained_in_json_and_as_a_page(tmp_path: Path) -> None:
 
 def test_a_script_that_is_not_there_or_compiles_nothing_says_so(tmp_path: Path) -> None:
     assert "is no file" in genie("explain", "nowhere.py").stderr
+    page = genie("explain", "--html", str(tmp_path / "nowhere" / "page.html"), __file__)
+    assert page.returncode == 1 and "its folder does not exist" in page.stderr and "Traceback" not in page.stderr
     idle = tmp_path / "idle.py"
     idle.write_text("print('nothing to do')\n")
     done = genie("explain", str(idle))

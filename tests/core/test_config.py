@@ -85,7 +85,7 @@ def test_environment_is_parsed(monkeypatch: pytest.MonkeyPatch, name: str, text:
     ("require_lane", "smh", "shm"),
     ("qos", "batch", "not available yet"),
     ("deadline_s", 0.1, "not available yet"),
-    ("qos", "urgent", "'realtime', 'interactive', 'batch'"),
+    ("qos", "urgent", "not available yet"),
 ])
 def test_bad_values_say_what_is_right(option: str, value: Any, says: str) -> None:
     for make in (Config, Config.build, Config().override):
@@ -170,6 +170,11 @@ def test_anything_is_either_accepted_or_a_config_error(option: str, value: Any) 
     except ConfigError:
         return
     assert Config(**{option: getattr(config, option)}) == config      # what was accepted stays accepted
+
+
+def test_parameters_cannot_stay_where_nothing_does() -> None:
+    with pytest.raises(ConfigError, match=r"parameters=.remote. leaves .* awareness=.blind. keeps nothing"):
+        Config.build(parameters="remote", awareness="blind")
 
 
 def test_a_latency_bound_belongs_to_min_cost() -> None:

@@ -180,3 +180,14 @@ def test_a_recorded_graph_is_planned_over_several_workers(two_workers: Any) -> N
     for a, b in zip(there, here, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert y.shape == (256, 8)
+
+
+def test_the_graph_can_be_had_while_recording_goes_on(session: object) -> None:
+    net = nn.Sequential(nn.Linear(8, 5), nn.ReLU()).eval()
+    with torch.no_grad(), genie.capture():
+        x = torch.randn(1, 8)
+        y = net(x)
+        graph = genie.get_graph()
+        assert {tuple(value.shape) for value in graph.inputs} >= {(5, 8), (5,)}
+        assert all(value.device.type == "cpu" for value in graph.inputs)
+        assert torch.equal(y.cpu(), net.cpu()(x.cpu()))

@@ -332,3 +332,14 @@ def test_a_compiled_optimizer_step() -> None:
             go()
     for p, q in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["meta", "cpu"])
+def test_a_default_device_of_the_callers_says_nothing_about_what_travels(where: str) -> None:
+    run = torch.compile(lambda x, k: (x * 2, torch.cat([k, x])), backend="genie")
+    x, k = torch.randn(3, 100), torch.randn(5, 100)
+    for _ in range(3):
+        with torch.device(where):
+            made, k_new = run(x, k)
+        assert torch.equal(made, x * 2) and torch.equal(k_new, torch.cat([k, x]))
+        k = k_new

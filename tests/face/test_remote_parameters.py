@@ -141,6 +141,11 @@ READS: dict[str, Callable[[nn.Parameter], Any]] = {
 }
 
 
+def test_only_what_has_parameters_is_synchronised() -> None:
+    with pytest.raises(TypeError, match="a module, an optimizer, a tensor or nothing, got 3"):
+        genie.synchronize(3)
+
+
 def test_a_read_synchronises(session: object) -> None:
     eager, remote = pair(2)
     for name, read in READS.items():
