@@ -243,8 +243,8 @@ def _what_to_do(address: str) -> str:
         except OSError as error:
             return f"the name {host!r} leads nowhere ({error.strerror or error}): check it"
     return (f"if none runs there, start one with `genie worker --bind {address}`, and check the port and the firewall; "
-            "if one runs with keys, it answers only who knows its server.key and whose own *.key file lies in its --keys "
-            "directory (its log names a key that it refuses): name both in cluster.yaml")
+            "if one runs with keys, it answers only who knows its server.key and whose own *.key file lies in its "
+            "--keys directory (its log names a key that it refuses): name both in cluster.yaml")
 
 
 def beside(address: str, told: str) -> str:
