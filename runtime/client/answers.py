@@ -205,6 +205,8 @@ class Answers:
         home = self._fetch_home(session, args, updates, entries) if self._stays else {}
         for index, name in self._plan.mutations:
             if index in home:
+                if len(home) < len(self._stays):
+                    stale.comes_down(session, args[index])
                 args[index].copy_(home[index])
             elif index in self._stays and index in updates:
                 p, at, _ = updates.pop(index)

@@ -34,6 +34,7 @@ Tensor = torch.Tensor
 
 _lock = threading.RLock()
 _records: dict[int, Record] = {}
+_before: dict[int, Before] = {}
 _depth = 0                       # compiled calls under way, in all threads
 
 
@@ -47,6 +48,17 @@ class Record:
         self.ref = weakref.ref(tensor, lambda _: _records.pop(address, None))
         self.session, self.link, self.handle = session, link, handle
         self.plain = type(tensor)
+
+
+class Before:
+    """The last synchronised content of a tensor that came down since, while others did not: rollback wants it."""
+
+    __slots__ = ("ref", "session", "value")
+
+    def __init__(self, tensor: Tensor, session: Session) -> None:
+        address = id(tensor)
+        self.ref = weakref.ref(tensor, lambda _: _before.pop(address, None))
+        self.session, self.value = session, tensor.detach().clone()
 
 
 # ---------------------------------------------------------------- what may be asked of a stale tensor
@@ -140,6 +152,13 @@ def mark(session: Session, tensor: Tensor, link: WorkerLink, handle: tuple[int, 
         tensor.__class__ = _STALE[record.plain]
 
 
+def comes_down(session: Session, tensor: Tensor) -> None:
+    """A tensor that somebody else can read is about to get its new content, which others have on a worker alone."""
+    with _lock:
+        if id(tensor) not in _before:
+            _before[id(tensor)] = Before(tensor, session)
+
+
 def is_stale(tensor: Any) -> bool:
     return bool(_records) and id(tensor) in _records
 
@@ -176,6 +195,7 @@ def bring_home() -> None:
                     tensor.data.copy_(value)         # .data: it is no edit, the version stays
                 record.session.residency.came_home(tensor)
         _records.clear()
+        _before.clear()
 
 
 def rollback() -> None:
@@ -188,6 +208,12 @@ def rollback() -> None:
                 del _records[id(tensor)]
                 record.session.residency.touch([tensor])
         _records.clear()
+        for before in list(_before.values()):
+            tensor = before.ref()
+            if tensor is not None:
+                tensor.data.copy_(before.value)
+                before.session.residency.touch([tensor])
+        _before.clear()
 
 
 @contextlib.contextmanager

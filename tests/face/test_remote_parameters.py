@@ -304,6 +304,23 @@ def test_a_lost_worker_takes_what_was_not_synchronised(own_session: Any) -> None
     close(remote.run(2), eager.run(2))
 
 
+def test_what_somebody_else_can_read_goes_back_with_the_others(own_session: Any) -> None:
+    session = own_session(workers=1)
+    _, remote = pair()
+    alias = remote.weight.data.numpy()
+    remote.run(2)
+    genie.synchronize(remote.net)
+    parameters = list(remote.net.parameters())
+    synchronised = [p.detach().clone() for p in parameters]
+    remote.run(3)
+    assert not stale.is_stale(remote.weight) and any(map(stale.is_stale, parameters))
+    assert not np.array_equal(alias, synchronised[0].numpy())         # it came down, as the others have not
+    os.kill(session.links[0].embedded.pid, signal.SIGKILL)
+    genie.synchronize(remote.net, lost="rollback")
+    assert [torch.equal(p, before) for p, before in zip(parameters, synchronised, strict=True)] == [True] * 4
+    assert np.array_equal(alias, synchronised[0].numpy())
+
+
 def test_closing_the_session_brings_them_home(own_session: Any) -> None:
     own_session(workers=1)
     eager, remote = pair()
