@@ -54,7 +54,7 @@ class Engine:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.structures: dict[tuple[Any, ...], Structure] = {}
-        self.counters = {"ops": 0, "runs": 0, "programs": 0, "cuts": 0}
+        self.counters = {"ops": 0, "runs": 0, "programs": 0, "cuts": 0, "replays": 0}
         self.next_cut = CUT_OPS                        # of so many ops, `maybe_cut` is to be asked
         self._repeats = False                          # the last long recording that was read is one that came before
         self._anchor: Call | None = None
@@ -125,6 +125,11 @@ class Engine:
             with self.lock:
                 self._put(node, *self.place())
         return node
+
+    @property
+    def random_tail(self) -> Node | None:
+        """The node that drew last and has not run."""
+        return self._rng_tail
 
     # -- the generator ----------------------------------------------------------------------------------------
 
