@@ -214,7 +214,7 @@ class Template:
                 if kind == "view of input":
                     base = tensors[rule[0]]
                 else:
-                    base = made.get(rule[0])  # type: ignore[assignment]
+                    base = made.get(rule[0])
                     if base is None:
                         base = made[rule[0]] = new_tensor(nodes[rule[1]])
                         if nodes[rule[1]].layout is out:
