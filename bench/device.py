@@ -80,6 +80,7 @@ def long(params: Mapping[str, Any]) -> Step:
     remote, count = _remote(params), params["count"]
     torch.set_grad_enabled(False)
     start = torch.zeros(4).to(DEVICE)
+    torch.remote_accelerator.synchronize()               # from here on it is
     shapes = iter(range(2, 100_000))
 
     def sample() -> float:

@@ -86,11 +86,14 @@ def register() -> None:
 
         setattr(torch, NAME, Unavailable(unavailable))
         return
+    from genie_dynamo.device.host import patch_host
     from genie_dynamo.device.module import RemoteAccelerator
     from genie_dynamo.device.moving import patch_modules
     from genie_dynamo.device.streams import without_streams
 
-    _setup_privateuseone_for_python_backend(NAME, backend_module=RemoteAccelerator())
+    module = RemoteAccelerator()
+    _setup_privateuseone_for_python_backend(NAME, backend_module=module)
+    patch_host(NAME, module)
     patch_modules(NAME)
     after_import("torch._dynamo.variables.streams", without_streams)
     fallback: Any = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]

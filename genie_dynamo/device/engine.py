@@ -9,7 +9,6 @@ value that turned out to fail takes down what hangs on it, and nothing else; it 
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import weakref
 from collections.abc import Sequence
@@ -22,9 +21,10 @@ from genie_dynamo import sessions
 from genie_dynamo.core.errors import GenieError, RemoteExecutionError, WorkerMemoryError
 from genie_dynamo.core.tensors import DTYPES
 from genie_dynamo.device import memory as memories
+from genie_dynamo.device.failures import blamed, failed_leaves, follows, gone, raise_if_failed, spread_failure
 from genie_dynamo.device.foreign import admission
 from genie_dynamo.device.memory import new_tensor, value_in
-from genie_dynamo.device.nodes import Call, Failed, Layout, Node, item_of, layout, layout_of, num_tensors, uploaded
+from genie_dynamo.device.nodes import Call, Layout, Node, item_of, layout, layout_of, uploaded
 from genie_dynamo.device.program import Program
 from genie_dynamo.device.record import getitem
 from genie_dynamo.device.structure import Recording, Structure, Variant, collect
@@ -54,7 +54,7 @@ class Engine:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.structures: dict[tuple[Any, ...], Structure] = {}
-        self.counters = {"ops": 0, "runs": 0, "programs": 0, "cuts": 0}
+        self.counters = {"ops": 0, "runs": 0, "programs": 0, "cuts": 0, "replays": 0}
         self.next_cut = CUT_OPS                        # of so many ops, `maybe_cut` is to be asked
         self._repeats = False                          # the last long recording that was read is one that came before
         self._anchor: Call | None = None
@@ -92,7 +92,7 @@ class Engine:
                 return
             try:
                 recording = collect(roots, (), () if tail is None else (tail,))
-                if self._failed_leaves(recording):
+                if failed_leaves(recording, *self.place()):
                     self.run(())
                     return
                 self._submit(recording, holders)
@@ -126,6 +126,11 @@ class Engine:
                 self._put(node, *self.place())
         return node
 
+    @property
+    def random_tail(self) -> Node | None:
+        """The node that drew last and has not run."""
+        return self._rng_tail
+
     # -- the generator ----------------------------------------------------------------------------------------
 
     def seed(self, seed: int) -> None:
@@ -151,7 +156,7 @@ class Engine:
             self.run(())
 
     def _generator(self) -> Node:
-        if self._rng_state is not None and _gone(self._rng_state, *self.place()):
+        if self._rng_state is not None and gone(self._rng_state, *self.place()):
             log.warning("the state of remote_accelerator's generator was lost with its worker; it starts anew from "
                         "torch.initial_seed()")
             self._rng_state = None
@@ -178,7 +183,7 @@ class Engine:
         with self.lock:
             while True:
                 for node in returned:
-                    _raise_if_failed(node)
+                    raise_if_failed(node)
                 todo = [node for node in returned if node.value is None]
                 roots, holders = self._roots()
                 tail = self._rng_tail
@@ -188,7 +193,7 @@ class Engine:
                 try:
                     if roots or todo or tail is not None:
                         recording = collect(roots, todo, () if tail is None else (tail,))
-                        if self._spread(recording, self._failed_leaves(recording)):
+                        if self._spread(recording, failed_leaves(recording, *self.place())):
                             continue
                         came = self._run_recording(recording, holders)
                     elif self._underway:
@@ -199,7 +204,7 @@ class Engine:
                         continue               # with what was sent before: which of them fails is to be found out
                     if recording is None or not isinstance(error, RemoteExecutionError | WorkerMemoryError):
                         raise
-                    self._fail(recording, error)
+                    self._spread(recording, blamed(recording, error))
                     continue
                 except BaseException:
                     self._undo(wait=False)
@@ -212,7 +217,7 @@ class Engine:
 
     def value_of(self, node: Node) -> torch.Tensor:
         """The value of a node, here."""
-        _raise_if_failed(node)
+        raise_if_failed(node)
         value = node.value
         if isinstance(value, torch.Tensor):
             return value.detach().clone()
@@ -328,7 +333,7 @@ class Engine:
         if first is None or tail is None:
             self._rng_tail = tail or first
             return
-        while (before := _before(first)) is not None:
+        while (before := follows(first)) is not None:
             first = before
         first.inputs = (*first.inputs, tail)
 
@@ -349,52 +354,11 @@ class Engine:
     def _put(self, node: Node, session: Session, link: WorkerLink) -> None:
         node.value = self._uploader.put(session, link, node.value, session.config.timeout_s)
 
-    def _fail(self, recording: Recording, error: BaseException) -> None:
-        """An op of the recording has raised: it, and what hangs on it, cannot be had. The rest is tried again."""
-        notes = " ".join([str(error), *getattr(error, "__notes__", ())])
-        found = re.search(r"in node (\w+) = ", notes)
-        variant = self.structures[recording.key].variant(recording)[0]
-        names = [n.name for n in variant.graph.graph.nodes if n.op == "call_function"]
-        broken = [recording.nodes[names.index(found[1])]] if found and found[1] in names else recording.nodes
-        for node in broken:
-            node.value = Failed(error)
-        self._spread(recording, set(broken))
-
-    def _failed_leaves(self, recording: Recording) -> set[Node]:
-        """The leaves that cannot be had, those among them whose worker is gone included. Raises: WorkerLostError."""
-        session, link = self.place()
-        for leaf in recording.leaves:
-            error = _gone(leaf, session, link)
-            if error is not None:
-                leaf.value = Failed(error)
-        return {leaf for leaf in recording.leaves if type(leaf.value) is Failed}
-
     def _spread(self, recording: Recording, broken: set[Node]) -> bool:
-        """Fail what hangs on broken nodes; whether there is any. What only draws after one of them draws all the same.
-        """
-        if not broken:
-            return False
-        followed: dict[Node, Node] = {}
-
-        def sound(node: Node | None) -> Node | None:
-            while node is not None and node in broken:
-                node = followed.get(node)
-            return node
-
-        for node in recording.nodes:
-            before = _before(node)
-            if before is not None:
-                followed[node] = before
-                last = sound(before)
-                node.inputs = (*node.inputs[:-1], *(() if last is None else (last,)))
-            causes = [source for source in node.inputs if source in broken]
-            if causes:
-                broken.add(node)
-                node.value = Failed(causes[0].value.error)
-            if node in broken:
-                node.inputs = ()
-        self._rng_tail = sound(self._rng_tail)
-        return True
+        """Fail what hangs on broken nodes; whether there is any."""
+        if broken:
+            self._rng_tail = spread_failure(recording, broken)(self._rng_tail)
+        return bool(broken)
 
     # -- ops whose shapes hang on values ----------------------------------------------------------------------
 
@@ -413,7 +377,7 @@ class Engine:
             holders = [new_tensor(part) for part in parts]       # what nobody holds would not be run
             self.run(())
             for part in parts:
-                _raise_if_failed(part)
+                raise_if_failed(part)
                 if isinstance(part.value, torch.Tensor):
                     part.layout = layout_of(part.value)
                 else:
@@ -434,29 +398,6 @@ def _landed(node: Node, value: torch.Tensor) -> None:
 def _list_again(holders: Sequence[Any]) -> None:
     """Storages whose value is still to be made wait for the next run."""
     memories.fresh += [weakref.ref(storage) for storage in holders if value_in(storage).value is None]
-
-
-def _before(node: Node) -> Node | None:
-    """The random node that a random node only has to follow: its last input, where its op does not take so many."""
-    call = node.call
-    if call is None or not call.random or len(node.inputs) <= num_tensors((call.args, call.kwargs)):
-        return None
-    return node.inputs[-1]
-
-
-def _gone(node: Node, session: Session, link: WorkerLink) -> GenieError | None:
-    """Why a resident value can no longer be had; None where it can."""
-    try:
-        if type(node.value) is Resident:
-            node.value.check(session, link)
-    except GenieError as error:
-        return error
-    return None
-
-
-def _raise_if_failed(node: Node) -> None:
-    if type(node.value) is Failed:
-        raise node.value.error
 
 
 def _size_of(own: Layout | None) -> int:

@@ -91,7 +91,7 @@ class RemoteAccelerator:
         return True
 
     def stats(self) -> dict[str, int]:
-        """Ops recorded, runs, programs made for them, and cuts of long recordings."""
+        """Ops recorded, runs, programs made for them, cuts of long recordings, compiled calls recorded from memory."""
         return dict(_engine().counters)
 
 

@@ -112,8 +112,8 @@ class Op:
             for item in value:
                 self._take(item, kind, key, inputs, scalars)
         elif isinstance(value, torch.Generator):
-            raise RuntimeError("a torch.Generator of the cpu cannot be used on remote_accelerator: its state is "
-                               "torch.remote_accelerator.get_rng_state(), seeded by torch.manual_seed")
+            raise RuntimeError("this op takes no torch.Generator on remote_accelerator; draw on the cpu, and move "
+                               "what was drawn")
         elif kind is NUMBER:
             key.append(value)
         else:

@@ -7,6 +7,7 @@ import torch
 from torch._ops import OpOverload
 
 from genie_dynamo.core.allowlist import denial
+from genie_dynamo.device.drawing import drawing
 from genie_dynamo.device.kernels import functional, mutation, view
 from genie_dynamo.device.special import COMPOSED, SPECIAL, inplace_view
 
@@ -15,6 +16,12 @@ _LEFT_TO_TORCH = frozenset({
     "aten::alias", "aten::detach", "aten::detach_", "aten::lift_fresh", "aten::lift",
      "aten::_nested_view_from_buffer", "aten::requires_grad_",
 })
+
+_SPARSE = (
+    ("_sparse_coo_tensor_with_dims_and_tensors", "SparsePrivateUse1"), ("_to_sparse", "PrivateUse1"),
+    ("_to_sparse.sparse_dim", "PrivateUse1"), ("_to_sparse_csr", "PrivateUse1"), ("addmm", "SparsePrivateUse1"),
+)
+"""Where sparse tensors come up, to say that there are none."""
 
 _VIEWS_UNSAID = frozenset({"aten::_unsafe_view", "aten::unsafe_split.Tensor", "aten::unsafe_split_with_sizes"})
 """They make views, whatever their schemas say."""
@@ -27,10 +34,15 @@ def register_kernels() -> list[Any]:
         if qualified.startswith("aten::"):
             kernel = _kernel_of(qualified)
             if kernel is not None:
+                target = _overload(qualified)
+                if target is not None and any(a.name == "generator" for a in target._schema.arguments):
+                    kernel = drawing(target, kernel)
                 library.impl(qualified.removeprefix("aten::"), kernel, "PrivateUse1")
     for name, composed in COMPOSED.items():
         library.impl(name, composed, "AutogradPrivateUse1")
         library.impl(name, composed, "PrivateUse1")
+    for name, key in _SPARSE:
+        library.impl(name, _no_sparse, key)
     own: Any = torch.library.Library("genie", "IMPL")  # type: ignore[no-untyped-call]
     for name in ("sdpa", "sdpa_bw"):
         own.impl(name, functional(getattr(torch.ops.genie, name).default), "PrivateUse1")
@@ -45,9 +57,8 @@ def _kernel_of(qualified: str) -> Any:
         return None
     if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CompositeImplicitAutograd"):
         return None
-    name, _, overload = qualified.removeprefix("aten::").partition(".")
-    target = getattr(getattr(torch.ops.aten, name), overload or "default", None)
-    if not isinstance(target, OpOverload):
+    target = _overload(qualified)
+    if target is None:
         return None
     if torch.Tag.inplace_view in target.tags:
         return inplace_view(target)
@@ -61,3 +72,15 @@ def _kernel_of(qualified: str) -> Any:
     if qualified in _VIEWS_UNSAID or any(r.alias_info is not None for r in schema.returns):
         return view(target)
     return functional(target)
+
+
+def _overload(qualified: str) -> OpOverload | None:
+    name, _, overload = qualified.removeprefix("aten::").partition(".")
+    target = getattr(getattr(torch.ops.aten, name), overload or "default", None)
+    return target if isinstance(target, OpOverload) else None
+
+
+def _no_sparse(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError(
+        "sparse tensors do not live on remote_accelerator: use x.to_dense() before x.to('remote_accelerator'), "
+        "Embedding(sparse=False), or keep that layer on the cpu")

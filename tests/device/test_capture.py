@@ -167,6 +167,12 @@ def test_reads_and_draws_over_several_workers(two_workers: Any) -> None:
     torch.testing.assert_close(model[2].running_mean, twin[2].running_mean)
 
 
+def test_an_error_over_several_workers_names_its_op(two_workers: Any) -> None:
+    with pytest.raises(genie.RemoteExecutionError, match="out of bounds"):
+        genie.run(lambda x: x[torch.tensor([7])] + 1, torch.ones(3), devices=2)
+    assert genie.run(lambda x: x + 1, torch.ones(2), devices=2).tolist() == [2, 2]
+
+
 def test_a_recorded_graph_is_planned_over_several_workers(two_workers: Any) -> None:
     model = Towers().eval()
     with genie.capture(), torch.no_grad():

@@ -153,6 +153,48 @@ def test_compiled_graphs_run_forward_and_backward(session: object, fresh_dynamo:
     assert not genie.get_stats()["fallbacks"]
 
 
+def test_compiled_calls_are_recorded_from_memory(session: object, fresh_dynamo: None) -> None:
+    def step(state: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state.mul_(0.5).add_(x)
+        transposed = x.t()
+        return transposed, state[0], (state * x).t(), state.sort(0)[0]
+
+    compiled = torch.compile(step, backend="genie", fullgraph=True)
+    before = torch.remote_accelerator.stats()["replays"]
+    here_state = torch.ones(3, 4)
+    there_state = here_state.to(DEVICE)
+    for number in range(6):
+        here_x = torch.full((3, 4), float(number)) + torch.arange(4.0)
+        there_x = here_x.to(DEVICE)
+        with torch.no_grad():
+            want, got = step(here_state, here_x), compiled(there_state, there_x)
+        for x in (here_x, there_x):
+            x.add_(1)                          # the first output is a view of it
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a.cpu(), b)
+            assert a.stride() == b.stride()
+        assert torch.equal(there_state.cpu(), here_state)
+    assert torch.remote_accelerator.stats()["replays"] - before >= 3
+    long = there_state.new_ones(5, 4)          # other sizes are recorded anew
+    with torch.no_grad():
+        assert torch.equal(compiled(long, long + 1)[2].cpu(), step(torch.ones(5, 4), torch.full((5, 4), 2.0))[2])
+
+
+def test_compiled_loops_that_read_nothing_are_cut(session: object, fresh_dynamo: None,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "CUT_OPS", 100)
+    monkeypatch.setattr(engines, "MAX_OPS", 300)
+    compiled = torch.compile(lambda x: (x + 1).sin().cos().sin(), backend="genie")
+    x, here = torch.zeros(3, device=DEVICE), torch.zeros(3)
+    torch.remote_accelerator.synchronize()
+    before = torch.remote_accelerator.stats()
+    for _ in range(300):
+        x, here = compiled(x), (here + 1).sin().cos().sin()
+    after = torch.remote_accelerator.stats()
+    assert after["cuts"] - before["cuts"] > 5
+    torch.testing.assert_close(x.cpu(), here)
+
+
 def test_a_lost_worker_takes_its_tensors_and_says_so(own_session: Any) -> None:
     session = own_session(workers=1)
     x = torch.ones(3, device=DEVICE)

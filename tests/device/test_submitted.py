@@ -31,7 +31,7 @@ def _repeat(x: torch.Tensor, count: int = 3) -> list[float]:
 @pytest.fixture
 def under_way(session: object) -> Any:
     """A number of pieces is handed over before the read, once a loop is known."""
-    _repeat(torch.ones(4, 4, device=DEVICE))
+    _repeat(torch.ones(4, 4, device=DEVICE), 6)
 
     def count() -> int:
         return len(current._underway)
@@ -49,7 +49,7 @@ def test_a_known_loop_is_computed_while_it_is_recorded(under_way: Any) -> None:
     assert under_way() == 0
     assert _repeat(there, 4) == pytest.approx(_repeat(here, 4), rel=1e-5)
     made = torch.remote_accelerator.stats()
-    _repeat(there)
+    _repeat(there, 6)
     after = torch.remote_accelerator.stats()
     assert after["cuts"] - before["cuts"] >= 6
     assert after["programs"] == made["programs"]
@@ -105,7 +105,7 @@ def test_numbers_drawn_under_way_are_those_of_the_cpu_also_after_an_error(sessio
 def test_a_worker_lost_under_way_is_said_by_the_read(own_session: Any) -> None:
     session = own_session(workers=1)
     there = torch.ones(4, 4, device=DEVICE)
-    _repeat(there)
+    _repeat(there, 6)
     y = _step(there)
     assert current._underway
     os.kill(session.links[0].embedded.pid, signal.SIGKILL)
@@ -118,7 +118,7 @@ def test_a_worker_lost_under_way_is_said_by_the_read(own_session: Any) -> None:
 def test_a_session_closed_under_way_is_said_by_the_read(own_session: Any) -> None:
     own_session(workers=1)
     there = torch.ones(4, 4, device=DEVICE)
-    _repeat(there)
+    _repeat(there, 6)
     y = _step(there)
     assert current._underway
     own_session(workers=1)

@@ -158,6 +158,62 @@ def test_save_and_load_by_way_of_the_cpu(session: object) -> None:
     model.load_state_dict(fresh.state_dict())
 
 
+def test_what_was_saved_on_the_cpu_loads_to_the_device(session: object) -> None:
+    buffer = io.BytesIO()
+    shared = torch.ones(2)
+    torch.save({"a": [shared, shared], "b": torch.nn.Parameter(torch.zeros(1)), "n": 3}, buffer)
+    for place in (DEVICE, f"{DEVICE}:0", torch.device(DEVICE)):
+        buffer.seek(0)
+        loaded = torch.load(buffer, map_location=place)
+        assert loaded["a"][0].device.type == loaded["b"].device.type == DEVICE
+        assert loaded["a"][0] is loaded["a"][1]
+        assert isinstance(loaded["b"], torch.nn.Parameter)
+        assert loaded["a"][0].tolist() == [1, 1]
+    buffer.seek(0)
+    assert torch.load(buffer)["a"][0].device.type == "cpu"
+
+
+def test_pinned_memory_is_a_copy_that_counts_as_pinned(session: object) -> None:
+    x = torch.ones(3)
+    pinned = x.pin_memory()
+    x.add_(1)
+    assert (x.is_pinned(), pinned.is_pinned(), pinned.tolist()) == (False, True, [1, 1, 1])
+    assert pinned.to(DEVICE, non_blocking=True).tolist() == [1, 1, 1]
+    loader = torch.utils.data.DataLoader(torch.arange(4.0), batch_size=2, pin_memory=True)
+    assert [batch.is_pinned() for batch in loader] == [True, True]
+
+
+def test_the_accelerator_api_asks_the_device(session: object) -> None:
+    x = torch.ones(1000, device=DEVICE)
+    torch.accelerator.synchronize()
+    assert torch.accelerator.memory_allocated() == torch.remote_accelerator.memory_allocated() >= x.nbytes
+    torch.accelerator.reset_peak_memory_stats()
+    assert torch.accelerator.max_memory_allocated() >= x.nbytes
+
+
+def test_a_generator_of_the_cpu_draws_here(session: object) -> None:
+    drawn = []
+    for device in ("cpu", DEVICE):
+        own = torch.Generator().manual_seed(5)
+        x = torch.zeros(2, 3, device=device)
+        drawn.append([
+            torch.randn(3, device=device, generator=own), torch.randperm(5, device=device, generator=own),
+            x.uniform_(generator=own), x[:, 1:].random_(2, 7, generator=own), x,
+            torch.multinomial(torch.tensor([0.2, 0.8], device=device), 4, replacement=True, generator=own),
+            torch.bernoulli(torch.full((4,), 0.5, device=device), generator=own)])
+    for here, there in zip(*drawn, strict=True):
+        assert there.device.type == DEVICE
+        assert torch.equal(here, there.cpu())
+
+
+def test_sparse_tensors_are_refused_with_the_way_out(session: object) -> None:
+    embedding = torch.nn.Embedding(4, 2, sparse=True).to(DEVICE)
+    for refused in (lambda: torch.eye(2).to_sparse().to(DEVICE), lambda: torch.eye(2, device=DEVICE).to_sparse(),
+                    lambda: embedding(torch.tensor([1], device=DEVICE)).sum().backward()):
+        with pytest.raises(NotImplementedError, match="to_dense"):
+            refused()
+
+
 def test_deepcopy_keeps_what_is_shared(session: object) -> None:
     base = torch.arange(6.0, device=DEVICE)
     pair = {"base": base, "row": base[2:4]}

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.testing._internal.common_modules import ModuleInfo, module_db
 from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
 from torch.utils import _pytree as pytree
 
 from tests.yardsticks.device_cases import DEVICE, back, there
 from tests.yardsticks.harness import _quiet, assert_same, gradients, seed_everything, tensors_in
-from tests.yardsticks.test_optim_db import IMPLEMENTATIONS, NUM_STEPS, _chosen_options, _class_of, _net, _text
+from tests.yardsticks.test_optim_db import IMPLEMENTATIONS, _chosen_options, _text, trained
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
@@ -60,33 +59,7 @@ def _optimizers() -> list[Any]:
 
 @pytest.mark.parametrize(("info", "implementation", "options"), _optimizers())
 def test_optimizer(info: OptimizerInfo, implementation: str, options: dict[str, Any]) -> None:
-    expected = _steps(info, implementation, options, "cpu")
-    assert_same(_steps(info, implementation, options, DEVICE), expected, where=info.optim_cls.__name__)
-
-
-def _steps(info: OptimizerInfo, implementation: str, options: dict[str, Any], device: str) -> Any:
-    flags = {n: n == implementation for n in IMPLEMENTATIONS[1:] if n in info.supported_impls}
-    seed_everything()
-    model, inputs, targets = _net(info), torch.randn(5, 4), torch.randn(5, 2)
-    model, inputs, targets = model.to(device), inputs.to(device), targets.to(device)
-    fresh = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
-    optimizer = _class_of(info)(model.parameters(), **fresh, **flags)
-    losses = []
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(inputs), targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    for _ in range(NUM_STEPS):
-        if info.step_requires_closure:
-            losses.append(optimizer.step(closure).detach())  # type: ignore[attr-defined]
-            continue
-        losses.append(closure().detach())
-        if info.only_supports_sparse_grads:
-            for parameter in model.parameters():
-                parameter.grad = parameter.grad.to_sparse() if parameter.grad is not None else None
-        optimizer.step()
-    return pytree.tree_map(lambda t: t.detach().cpu() if isinstance(t, torch.Tensor) else t, {
-        "losses": losses, "parameters": dict(model.named_parameters()), "state": optimizer.state_dict()["state"]})
+    expected, actual = (
+        pytree.tree_map(back, trained(info, implementation, options, lambda step: step, device))
+        for device in ("cpu", DEVICE))
+    assert_same(actual, expected, where=info.optim_cls.__name__)

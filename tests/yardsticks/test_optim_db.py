@@ -38,25 +38,29 @@ def _chosen_options(info: OptimizerInfo) -> list[dict[str, Any]]:
 
 
 def _optimizer_case(info: OptimizerInfo, implementation: str, options: dict[str, Any]) -> Case:
-    flags = {name: name == implementation for name in IMPLEMENTATIONS[1:] if name in info.supported_impls}
-
     def observe(compile_fn: CompileFn) -> Any:
-        seed_everything()
-        model = _net(info)
-        # A fresh learning rate each time: as a tensor it is an input, which a step may not change.
-        fresh = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
-        optimizer = _class_of(info)(model.parameters(), **fresh, **flags)
-        losses = _train(model, optimizer, compile_fn(optimizer.step), info)
-        return {
-            "losses": losses,
-            "parameters": dict(model.named_parameters()),
-            "state": optimizer.state_dict()["state"],
-            "learning_rate": fresh.get("lr"),
-        }
+        return trained(info, implementation, options, compile_fn)
 
     text = ",".join(f"{key}={_text(value)}" for key, value in options.items()) or "defaults"
     key = f"optim_db/{implementation}/{_class_of(info).__name__}/{text}"
     return Case(key=key, observe=observe, fullgraph=False)  # torch breaks the graph at the entry of every step
+
+
+def trained(info: OptimizerInfo, implementation: str, options: dict[str, Any], compile_fn: CompileFn,
+            device: str = "cpu") -> Any:
+    """What a few steps of a small net come to, with `step` as `compile_fn` makes it."""
+    flags = {name: name == implementation for name in IMPLEMENTATIONS[1:] if name in info.supported_impls}
+    seed_everything()
+    model = _net(info).to(device)
+    # A fresh learning rate each time: as a tensor it is an input, which a step may not change.
+    fresh = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    optimizer = _class_of(info)(model.parameters(), **fresh, **flags)
+    return {
+        "losses": _train(model, optimizer, compile_fn(optimizer.step), info, device),
+        "parameters": dict(model.named_parameters()),
+        "state": optimizer.state_dict()["state"],
+        "learning_rate": fresh.get("lr"),
+    }
 
 
 def _class_of(info: OptimizerInfo) -> Callable[..., torch.optim.Optimizer]:
@@ -72,8 +76,9 @@ def _net(info: OptimizerInfo) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8, bias=bias), nn.Tanh(), nn.Linear(8, 2, bias=bias))
 
 
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, step: Any, info: OptimizerInfo) -> list[torch.Tensor]:
-    inputs, targets = torch.randn(5, 4), torch.randn(5, 2)
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, step: Any, info: OptimizerInfo,
+           device: str) -> list[torch.Tensor]:
+    inputs, targets = torch.randn(5, 4).to(device), torch.randn(5, 2).to(device)
     losses = []
 
     def closure() -> torch.Tensor:
