@@ -75,7 +75,7 @@ def port_alone(params: Mapping[str, Any]) -> Step:
         return time.perf_counter() - began_s
 
     def seconds() -> float:
-        moved_s = size / testpmd.bytes_per_s(params["port"], 3.0, interfaces, prefixes)
+        moved_s = size / testpmd.bytes_per_s(params["port"], 2.0, interfaces, prefixes)
         return moved_s + sorted(once() for _ in range(9))[4]
 
     return Step(measure=seconds, close=stack.close)
@@ -104,7 +104,7 @@ def _bulk(settings: Settings, port: str, size: int) -> Case:
     alone = Side(module=__name__, factory="port_alone", name=baseline, params={"port": port, "size": size},
                  optional=True)
     # testpmd polls both cores, so it has its turn as one sample a round.
-    seen = measure(settings, [*sides, alone], blocks=1, samples=3, settle=0)
+    seen = measure(settings, [*sides, alone], blocks=1, samples=2, settle=0)
     targets, ratios = [], []
     if baseline in seen:
         for name, limit in (("lane", OVER_TESTPMD), ("lane, digest", OVER_TESTPMD_WITH_DIGEST)):
