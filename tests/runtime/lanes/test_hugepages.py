@@ -73,8 +73,8 @@ def hugepages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_memif_runs_on_hugepages_and_a_killed_process_leaves_none_taken(hugepages: Path) -> None:
     if why := networks.why_no_dpdk():
         pytest.skip(why)
-    peer = subprocess.Popen([sys.executable, "-m", "tests.runtime.lanes.peer", "memif", "", "echo"], cwd=ROOT, text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    peer = subprocess.Popen([sys.executable, "-m", "tests.runtime.lanes.peer", "memif", "", "echo"], cwd=ROOT,
+                            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert peer.stdout is not None
         address = peer.stdout.readline().strip()
