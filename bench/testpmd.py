@@ -16,15 +16,17 @@ from bench.harness import BenchError, NotInstalledError
 
 _RATE = re.compile(rb"Rx-bps:\s+(\d+)")
 _COMMON = ("--no-huge", "-m", "256", "--no-pci", "--no-telemetry", "--iova-mode=va")
+START_S = 15.0
 FRAME_BYTES = {"memif": 16320, "af_packet": 9014}
 """With the Ethernet header, as the lane sends them: native/dpdk/port.cc, and an MTU of 9000."""
 
 
-def bytes_per_s(port: str, seconds: float, interfaces: Sequence[str] = ("", ""),
+def bytes_per_s(port: str, steps: int, interfaces: Sequence[str] = ("", ""),
                 prefixes: Sequence[Sequence[str]] = ((), ())) -> float:
-    """Median of what a testpmd that only receives has got from one that only sends, in steps of a second.
+    """Median of what a testpmd that only receives has got from one that only sends, over so many steps of a second.
 
     Args: port: "memif" or "af_packet".  interfaces, prefixes: of the receiver and the sender.
+    Raises: NotInstalledError, BenchError where next to nothing has come.
     """
     program = shutil.which("dpdk-testpmd")
     if program is None:
@@ -37,11 +39,17 @@ def bytes_per_s(port: str, seconds: float, interfaces: Sequence[str] = ("", ""),
                                  else subprocess.DEVNULL)
                 stack.callback(_stop, process)
                 time.sleep(0.8)
-            time.sleep(0.7 + seconds)
-        rates = sorted(int(found) / 8 for found in _RATE.findall(log.read_bytes()) if int(found) > 0)
+            until_s = time.monotonic() + START_S + steps
+            while len(rates := _rates(log)) <= steps and time.monotonic() < until_s:
+                time.sleep(0.1)
+        rates = sorted(rates[1:])                      # the first step has begun before the sender
         if not rates:
             raise BenchError(f"dpdk-testpmd received nothing over {port}: {log.read_text(errors='replace')[-2000:]}")
     return rates[len(rates) // 2]
+
+
+def _rates(log: Path) -> list[float]:
+    return [int(found) / 8 for found in _RATE.findall(log.read_bytes()) if int(found) > 0]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -65,8 +65,9 @@ std::vector<std::string> arguments(const EalOptions& options) {
   std::vector<std::string> args{"genie", "--lcores", "0@(" + cores_of_this_process() + ")", "--no-telemetry",
                                 "--file-prefix", facts.file_prefix, "-m", std::to_string(options.memory_mb)};
   if (facts.hugepages) {
-    args.emplace_back("--single-file-segments");  // what memif's zero-copy mode needs; fewer descriptors for all
-    args.emplace_back("--huge-unlink");           // nothing stays in hugetlbfs, also after kill -9
+    // Nothing stays in hugetlbfs, also after kill -9. EAL refuses it together with --single-file-segments, which only
+    // memif's zero-copy mode would need; so each page keeps a descriptor.
+    args.emplace_back("--huge-unlink");
   } else {
     args.emplace_back("--no-huge");               // which EAL refuses together with --in-memory
   }

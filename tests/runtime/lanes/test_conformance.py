@@ -19,6 +19,7 @@ from tests.runtime.lanes.ends import KINDS, PORTS, Peer, mapped_segments, native
 
 @pytest.fixture(params=[*KINDS, *PORTS])
 def kind(request: pytest.FixtureRequest) -> str:
+    native()
     if why := why_not(request.param):
         pytest.skip(why)
     return str(request.param)
