@@ -37,6 +37,7 @@ from genie_dynamo.passes.pipelining import pipeline_partition
 from genie_dynamo.passes.placement.interfaces import Limits
 from genie_dynamo.passes.placement.planner import Planner
 from genie_dynamo.passes.planning import Assign
+from genie_dynamo.passes.rows.split import SplitGraph
 from genie_dynamo.passes.semantics.carry import marked
 from genie_dynamo.placing import no_long_pauses
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph
@@ -47,8 +48,8 @@ log = logging.getLogger(__name__)
 TIME_LIMIT_S: float | None = 0.5
 """What planning one graph may take of the call that it happens before."""
 
-Build = Callable[[fx.GraphModule, Assign, Sequence[str], bool], RemoteGraph]
-"""`build(graph, node -> worker, names of workers, whether the batch is whole)`."""
+Build = Callable[[fx.GraphModule, Assign, Sequence[str], SplitGraph | None], RemoteGraph]
+"""`build(graph, node -> worker, names of workers, parts of the batch that the graph is over)`."""
 
 
 @dataclass(slots=True)
@@ -117,7 +118,7 @@ class PlacedGraph:
     def __call__(self, args: list[Any]) -> tuple[Any, ...]:
         session = self._get_session()
         if self.parts.refusal:
-            session.telemetry.event(f"microbatches not used: {self.parts.refusal}")
+            self.refused(self.parts.refusal)
         if (len(session.links) > 1 or self._unpriced) and self._lock.acquire(blocking=False):
             try:
                 self._place(session, args)
@@ -145,6 +146,10 @@ class PlacedGraph:
             log.warning("%s was cut over %s and runs whole now: %s", self.label, ", ".join(self._workers), error)
             self._make_whole()
             return self._current(values)
+
+    def refused(self, reason: str) -> None:
+        """Count a call whose batch was to be cut and was not."""
+        self._get_session().telemetry.event(f"microbatches not used: {reason}")
 
     def _make_whole(self) -> None:
         self._found = None
@@ -264,7 +269,7 @@ class PlacedGraph:
         """Go by a partition from now on."""
         if len(found.workers) > 1:
             cut = self._build(found.over(self.gm), lambda node: found.assign.get(node.name, 0), found.workers,
-                              found.split is None)
+                              found.split)
             log.info("%s is cut over %s: %.3g ms estimated", self.label, ", ".join(found.workers), found.est_s * 1e3)
             self._current, self._workers = cut, found.workers
             kept = found.twice.kept if found.twice is not None else {}
@@ -276,7 +281,7 @@ class PlacedGraph:
             return
         self._make_whole()
         if found.pinned:
-            self._current, self._workers = self._build(self.gm, lambda node: 0, found.workers, True), found.workers
+            self._current, self._workers = self._build(self.gm, lambda node: 0, found.workers, None), found.workers
 
     def _follow(self) -> None:
         """A backward graph runs where the activations are that it reads."""
@@ -286,10 +291,10 @@ class PlacedGraph:
         assign = {node.name: worker for node, worker in _follow(self.gm, self._homes).items()}
         split = self.parts.of_backward(self.gm, self.facts, self._homes.rows, self._config.microbatches)
         if split is None:
-            self._current = self._build(self.gm, lambda node: assign[node.name], self._homes.workers, True)
+            self._current = self._build(self.gm, lambda node: assign[node.name], self._homes.workers, None)
             return
         origin = split.origin
-        self._current = self._build(split.gm, lambda node: assign[origin[node.name]], self._homes.workers, False)
+        self._current = self._build(split.gm, lambda node: assign[origin[node.name]], self._homes.workers, split)
 
 
 def _follow(gm: fx.GraphModule, homes: Homes) -> dict[fx.Node, int]:

@@ -63,8 +63,8 @@ def layout(shape: Sequence[int], stride: Sequence[int], offset: int, dtype: torc
 
 def layout_of(tensor: Tensor) -> Layout:
     """A tensor's layout."""
-    offset: Any = tensor.storage_offset()
-    return layout(tensor.shape, tensor.stride(), offset, tensor.dtype)
+    key: Any = (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
+    return _layouts.get(key) or layout(*key)
 
 
 class Slot:
@@ -83,6 +83,15 @@ class Slot:
 
     def __repr__(self) -> str:
         return f"{self.kind}{self.index}"
+
+
+def num_tensors(tree: Any) -> int:
+    """How many inputs a call's arguments have places for."""
+    if isinstance(tree, list | tuple):
+        return sum(map(num_tensors, tree))
+    if isinstance(tree, dict):
+        return num_tensors(tuple(tree.values()))
+    return int(type(tree) is Slot and tree.kind == "t")
 
 
 _skeletons: dict[Any, int] = {}

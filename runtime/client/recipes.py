@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,14 @@ from genie_dynamo.core.rebuild import INDEXED, VIEWS, WRITES, Rebuild, Step
 
 Read = Callable[[Sequence[Any], Mapping[str, Any], list[Any]], Any]
 """`read(arguments of the call, pieces by name, what the steps so far have made)`: the value of one argument."""
+
+
+class Append(NamedTuple):
+    """`cat([input, piece], dim)`: the form of most caches."""
+
+    index: int                         # of the input
+    piece: str
+    dim: int
 
 
 class Recipe:
@@ -28,6 +36,8 @@ class Recipe:
         self._indices = [_reader(step.args[INDEXED[step.op]], index_of, recipe.steps) for step in recipe.steps
                          if step.op in INDEXED]
         self._write = _in_place(recipe, plan, target)
+        self._append = _append(recipe, index_of)
+        self._num_rows = 0                 # that the last call appended
 
     def applies(self, args: Sequence[Any], pieces: Mapping[str, Any]) -> bool:
         """Whether the result is defined to the bit: no index is written to twice."""
@@ -39,9 +49,43 @@ class Recipe:
                     return False        # -1 and the last row are one: signs that mix are not looked into
         return True
 
-    def make(self, args: Sequence[Any], pieces: Mapping[str, Any]) -> torch.Tensor:
-        """The value, in memory of its own."""
-        made: Any = self._run(self._steps, args, pieces)
+    def begin(self, args: Sequence[Any]) -> torch.Tensor | None:
+        """What of the value can be made before anything has come: rows that the caller has, with room for the new ones.
+
+        None where the value is not an append, or nothing tells yet how many rows one call brings.
+        """
+        if self._append is None or not self._num_rows:
+            return None
+        old = args[self._append.index]
+        if not old.is_contiguous() or old.is_inference() or not -old.dim() <= self._append.dim < old.dim():
+            return None
+        dim = self._append.dim
+        shape = list(old.shape)
+        shape[dim] += self._num_rows
+        begun = torch.empty(shape, dtype=old.dtype)
+        begun.narrow(dim, 0, old.shape[dim]).copy_(old)
+        return begun
+
+    def _complete(self, begun: torch.Tensor, args: Sequence[Any], pieces: Mapping[str, Any]) -> torch.Tensor | None:
+        """Append what has come; None where it is not what was expected."""
+        assert self._append is not None
+        new, dim = pieces[self._append.piece], self._append.dim
+        start = args[self._append.index].shape[dim]
+        room = begun.narrow(dim, start, begun.shape[dim] - start)
+        if new.dtype != begun.dtype or new.shape != room.shape:
+            return None
+        room.copy_(new)
+        return begun
+
+    def make(self, args: Sequence[Any], pieces: Mapping[str, Any],
+             begun: torch.Tensor | None = None) -> torch.Tensor:
+        """The value, in memory of its own. Args: begun: what `begin` has made of the same arguments."""
+        if begun is not None and (made := self._complete(begun, args, pieces)) is not None:
+            return made
+        if self._append is not None:
+            new = pieces[self._append.piece]
+            self._num_rows = new.shape[self._append.dim] if new.dim() == args[self._append.index].dim() else 0
+        made = self._run(self._steps, args, pieces)
         if self._ends_in_view:
             # As an output of its own: autograd, and who asks for its base, would take a view for something else.
             made = torch.empty(0, dtype=made.dtype).set_(
@@ -64,6 +108,18 @@ class Recipe:
         for function, readers in steps:
             made.append(function(*[read(args, pieces, made) for read in readers]))
         return made[-1]
+
+
+def _append(recipe: Rebuild, index_of: Mapping[str, int]) -> Append | None:
+    """The recipe as one append, where it is that."""
+    (step, *more) = recipe.steps
+    if more or step.op != "aten.cat.default":
+        return None
+    parts, dim = step.args[0], step.args[1] if len(step.args) > 1 else 0
+    match parts:
+        case ("list", ("input", str(name)), ("piece", str(piece))) if type(dim) is int:
+            return Append(index_of[name], piece, dim)
+    return None
 
 
 def _resolve(op: str) -> Any:

@@ -304,7 +304,7 @@ class Session:
             security=self._security, token=self.token,
             lease_s=0.0 if embedded is not None else self.config.session_lease_s,
             timeout_s=timeout_s or self.config.connect_timeout_s, why_lost=self._why_lost,
-            require_lane=self.config.require_lane,
+            require_lane=self.config.require_lane, busy_poll_s=self.config.busy_poll_s,
             # The end of an embedded worker is seen at once, that of another by its heartbeat.
             grace_s=STREAM_GRACE_S if embedded is not None else (
                 self.config.heartbeat_timeout_s + 2 * self.config.heartbeat_interval_s))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +122,7 @@ class StateRules:
         key = full_key(tensor, version)
         if entry.key == key:
             if entry.habit is not None:
-                entry.habit.comes_back = True
+                entry.habit.came_back()
             if entry.acked.get(link.key) == entry.epoch:
                 return (m.HELD, entry.tensor_id, entry.epoch)
             if entry.acked and tensor.nbytes >= MIN_STATE_BYTES and move(session, entry, tensor, link):
@@ -179,7 +180,7 @@ class StateRules:
                 or entry.acked.get(link.key) != entry.epoch or not is_dense(base.shape, base.stride()):
             return None
         if entry.habit is not None:
-            entry.habit.comes_back = True
+            entry.habit.came_back()
         view = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset() - base.storage_offset())
         return (m.HELD, entry.tensor_id, entry.epoch, view)
 
@@ -198,15 +199,21 @@ class StateRules:
         wanted = [habits[name].wanted for name in names]
         return tuple([(session.next_id(), 1) if keep else NOT_KEPT for keep in wanted]) if True in wanted else ()
 
+    def begin(self, args: Sequence[Any]) -> list[torch.Tensor | None]:
+        """What of the values that will be made here can be made while the worker runs; one for each recipe."""
+        with torch.no_grad():
+            return [recipe.begin(args) for recipe in self.recipes]
+
     def finish(self, session: Session, link: WorkerLink, names: Sequence[str], handles: Sequence[tuple[int, int]],
-               result: m.Result, stored: Sequence[Stored], args: Sequence[Any], named: dict[str, Any]) -> None:
-        """All of the above for a call of one worker that changes none of its inputs."""
+               result: m.Result, stored: Sequence[Stored], args: Sequence[Any], named: dict[str, Any],
+               begun: Sequence[torch.Tensor | None] = ()) -> None:
+        """All of what follows for a call of one worker that changes none of its inputs."""
         kept: dict[str, KeptState] = {}
         if handles or stored or result.evicted:
             self.arrived(session, link, names, handles, result, stored, kept)
         if self.recipes:
             with torch.no_grad():
-                self.rebuild(session, args, named, kept)
+                self.rebuild(session, args, named, kept, begun)
         self.settle(session, args, named, kept)
 
     def arrived(self, session: Session, link: WorkerLink, names: Sequence[str], handles: Sequence[tuple[int, int]],
@@ -235,20 +242,20 @@ class StateRules:
         return None
 
     def rebuild(self, session: Session, args: Sequence[Any], named: dict[str, Any],
-                kept: Mapping[str, KeptState]) -> list[Recipe]:
+                kept: Mapping[str, KeptState], begun: Sequence[torch.Tensor | None] = ()) -> list[Recipe]:
         """Make the values that did not come whole; the recipes that write into inputs are returned, to be carried out.
 
         A value that cannot be made to the bit is fetched from the worker that keeps it, and counted.
         """
         writes = []
-        for recipe in self.recipes:
+        for recipe, half in zip_longest(self.recipes, begun):
             link, handle, form = kept[recipe.value]
             if not recipe.applies(args, named):
                 named[recipe.value] = self._whole(session, link, handle, "an index occurs twice")
             elif recipe.value in self.written:
                 writes.append(recipe)
             else:
-                made = recipe.make(args, named)
+                made = recipe.make(args, named, half)
                 if form != (DTYPE_CODE[made.dtype], tuple(made.shape), made.stride()):
                     made = self._whole(session, link, handle, "the layout differs")
                 named[recipe.value] = made

@@ -59,6 +59,7 @@ def steady_call(session: Session, bound: BoundProgram, template: Template, rules
             sent_s = time.perf_counter()
             if unchanged is not None and not unchanged():
                 raise ChangedError
+            begun = rules.begin(args) if rules.active and rules.recipes else ()
             named, result, received = _receive(connection, bound, rules, request, deadline_s)
         except _RefusedError as refused:
             bound.template = Template(None, template.references, bound.arguments, 0)
@@ -78,7 +79,7 @@ def steady_call(session: Session, bound: BoundProgram, template: Template, rules
     link.give_back(connection)
     answered_s = time.perf_counter()
     if rules.active:
-        rules.finish(session, link, bound.state_names, state, result, stored, args, named)
+        rules.finish(session, link, bound.state_names, state, result, stored, args, named, begun)
     outputs = tuple([named[at] if kind == "value" else args[at] if kind == "input" else at
                      for kind, at in bound.outputs])
     bound.last_compute_s = result.compute_s

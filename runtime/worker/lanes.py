@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import resource
 import secrets
 import select
 import time
@@ -22,8 +23,18 @@ log = logging.getLogger(__name__)
 MAX_OPEN_BYTES = 4 << 30
 """A client that lets more than this of its answers pile up is dropped: half of what a lane of shared pages may hold."""
 
+DESCRIPTORS_EACH = 8
+"""What a lane takes of the process's descriptors, with a few segments."""
+MAX_LANES = 1024
 LINGER_S = 400e-6
 """How long a worker stays awake for the next message after an answer, while messages come as fast as that."""
+
+
+def max_lanes() -> int:
+    """How many lanes clients may have open here: half of the descriptors that a process may have are theirs."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_LANES if limit == resource.RLIM_INFINITY else max(1, min(MAX_LANES, limit // 2 // DESCRIPTORS_EACH))
+
 
 OnMessage = Callable[[bytes, bytes, Sequence[Any]], None]
 
@@ -89,14 +100,16 @@ class Lanes:
         self._poller = poller
         self._on_message = on_message
         self._on_left = on_left
+        self._max_lanes = max_lanes()
         self._numbers = itertools.count(1)
         self._by_fd: dict[int, _Client] = {}
         self._by_name: dict[bytes, _Client] = {}
         self._to_arm: set[_Client] = set()
         self._more: set[_Client] = set()
-        self._answered: _Client | None = None     # the last one, until something comes
+        self._answered: _Client | None = None     # the last one
         self._answered_s = 0.0
-        self._brisk = False                       # what came last came soon after an answer
+        self._lingered = True                     # since then
+        self._brisk = False                       # what came last came soon after an answer, and from the same client
         self._may_linger = len(os.sched_getaffinity(0)) > 1
         for fd in self._listeners:
             poller.register(fd, select.EPOLLIN)
@@ -116,12 +129,13 @@ class Lanes:
             self._accept(self._listeners[fd])
 
     def linger(self) -> None:
-        """After an answer, wait awake for the same client's next message where the last one came as soon.
+        """After an answer, wait awake for the same client's next message where its last one came as soon.
 
         To wake a sleeping core takes longer than a small run, and what runs then finds its caches cold.
         """
-        client, self._answered = self._answered, None
-        if client is None or self._more or not (self._brisk and self._may_linger) or client.name not in self._by_name:
+        client, lingered, self._lingered = self._answered, self._lingered, True
+        if client is None or lingered or self._more or not (self._brisk and self._may_linger) \
+                or client.name not in self._by_name:
             return
         try:
             came = client.channel.receive(0.0, LINGER_S)
@@ -158,7 +172,7 @@ class Lanes:
         self._to_arm.add(client)
         if came is not None:
             self._more.add(client)           # perhaps: asking again is cheaper than arming
-            self._brisk = time.monotonic() - self._answered_s < LINGER_S
+            self._brisk = client is self._answered and time.monotonic() - self._answered_s < LINGER_S
             header, frames = came
             self._on_message(client.name, header, [native.to_tensor(frame) for frame in frames] if frames else frames)
 
@@ -169,7 +183,7 @@ class Lanes:
             return
         try:
             sent = client.channel.send([header, *frames] if frames else [header], 0.0, 0, client.digest)
-            self._answered, self._answered_s = client, time.monotonic()
+            self._answered, self._answered_s, self._lingered = client, time.monotonic(), False
             if sent and frames and client.channel.statistics()["bytes_open"] <= MAX_OPEN_BYTES:
                 self._to_arm.add(client)
                 return
@@ -193,6 +207,11 @@ class Lanes:
             log.warning("a client's lane was refused: %s", error)
             return
         if channel is None:
+            return
+        if len(self._by_name) >= self._max_lanes:
+            log.warning("a client's lane was refused: %d are open, and a process may have %d descriptors (ulimit -n)",
+                        self._max_lanes, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+            channel.close()
             return
         # ZeroMQ's own names of this first byte have five bytes, and clients cannot choose one.
         name = b"\0lane" + next(self._numbers).to_bytes(8, "big")

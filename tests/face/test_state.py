@@ -414,3 +414,19 @@ def test_a_buffer_that_the_caller_fills_anew_for_each_call_travels_after_a_few_t
     for _ in range(3):
         same(run(x), torch.sin(x))
     assert moved()["inputs"][0] + moved()["state"][0] == x.nbytes      # now it comes back: stored once, and named then
+
+
+@torch.no_grad()
+def test_what_has_come_back_and_does_so_no_more_travels_again() -> None:
+    run = torch.compile(torch.cos, backend="genie")
+    x = torch.zeros(4096)
+    for _ in range(4):
+        same(run(x), torch.cos(x))
+    rows = []
+    for _ in range(12):
+        x += 1
+        genie.reset_stats()
+        same(run(x), torch.cos(x))
+        rows.append(moved())
+    assert rows[0]["state"][0] == x.nbytes and rows[0]["inputs"][0] == 0
+    assert rows[-1]["inputs"][0] == x.nbytes and rows[-1]["state"][0] == 0

@@ -134,6 +134,17 @@ def test_devices_stand_for_the_workers_device() -> None:
     assert [out.device.type for out in plan.run([])] == ["cpu", "meta"]
 
 
+def test_a_cast_of_prims_runs_as_atens() -> None:
+    gm = graph_of(lambda g: g.call_function(torch.ops.prims.convert_element_type.default,
+                                            (placeholder(g), torch.float64)))
+    spec = lower_all(gm)
+    assert spec.nodes[0].target == "aten::_to_copy.default"
+    x = torch.randn(4, 4).t()
+    (out,) = FlatPlan(spec, device=CPU).run([x])
+    expected = torch.ops.prims.convert_element_type.default(x, torch.float64)
+    assert torch.equal(out, expected) and out.dtype == torch.float64 and out.stride() == expected.stride()
+
+
 def test_an_op_as_an_argument() -> None:
     gm = graph_of(lambda g: g.call_function(
         torch.ops.higher_order.out_dtype, (aten.mm.default, torch.int32, placeholder(g), placeholder(g))))

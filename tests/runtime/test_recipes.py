@@ -134,6 +134,29 @@ def test_a_rebuilt_value_is_that_of_the_graph(fn: Callable[..., Any], args: tupl
     assert torch.equal(made, expected) and made.stride() == expected.stride() and made.dtype == expected.dtype
 
 
+@torch.no_grad()
+def test_an_append_is_begun_before_its_rows_come() -> None:
+    graph, plan = planned(append, CACHE, X)
+    (rebuild,) = plan.rebuilds
+    recipe, inputs = Recipe(rebuild, plan, None), graph.inputs
+    (piece,) = rebuild.names("piece")
+    assert recipe.begin(inputs) is None, "nothing tells yet how many rows a call brings"
+    rows = torch.randn_like(X)
+    recipe.make(inputs, {piece: rows})
+    begun = recipe.begin(inputs)
+    assert begun is not None
+    made = recipe.make(inputs, {piece: rows}, begun)
+    assert made is begun and torch.equal(made, torch.cat([CACHE, rows], -2)) and not made._is_view()
+    other = recipe.begin(inputs)
+    many = torch.randn(2, 3, 5, 4)
+    made = recipe.make(inputs, {piece: many}, other)
+    assert made is not other and torch.equal(made, torch.cat([CACHE, many], -2)), "another number of rows came"
+    begun = recipe.begin(inputs)
+    assert begun is not None and begun.shape[2] == 13
+    wide = recipe.make(inputs, {piece: many.double()}, begun)
+    assert wide.dtype == torch.float64, "the rows decide the type, as in eager"
+
+
 def adds_to_the_cache(cache: Tensor, x: Tensor) -> Tensor:
     return torch.cat([cache + 1, x * 2], 2)
 
