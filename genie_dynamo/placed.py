@@ -298,10 +298,10 @@ class PlacedGraph:
 
 
 def _follow(gm: fx.GraphModule, homes: Homes) -> dict[fx.Node, int]:
-    """Each node with the op of the forward that it differentiates: there are the activations, and the weights.
+    """Each node where most bytes of what it reads are, else with the op of the forward that it differentiates.
 
-    What belongs to no op (sums of gradients), and all where placement sees no phases, is where most bytes of what it
-    reads are; what reads nothing with a home goes to the first worker. A tuple's elements are taken where it is made.
+    An activation that is read elsewhere goes through the client, so it counts twice. What reads nothing with a home
+    goes to the first worker. A tuple's elements are taken where it is made.
     """
     chosen: dict[fx.Node, int] = {}
     for node in gm.graph.nodes:
@@ -309,17 +309,16 @@ def _follow(gm: fx.GraphModule, homes: Homes) -> dict[fx.Node, int]:
             if node.name in homes.of_value:
                 chosen[node] = homes.of_value[node.name]
             continue
-        home = homes.of_op.get(node.meta.get("seq_nr", -1))
-        if node.target is operator.getitem:
-            home = chosen.get(node.all_input_nodes[0])
-        if home is not None:
-            chosen[node] = home
+        if node.target is operator.getitem and node.all_input_nodes[0] in chosen:
+            chosen[node] = chosen[node.all_input_nodes[0]]
             continue
-        weight: dict[int, float] = {}
+        home = homes.of_op.get(node.meta.get("seq_nr", -1), 0)
+        weight: dict[int, float] = {home: 0.0}
         for source in node.all_input_nodes:
             if source in chosen:
-                weight[chosen[source]] = weight.get(chosen[source], 0.0) + _bytes(source)
-        chosen[node] = max(weight, key=lambda worker: (weight[worker], -worker)) if weight else 0
+                moved = _bytes(source) * (2 if source.op == "placeholder" else 1)
+                weight[chosen[source]] = weight.get(chosen[source], 0.0) + moved
+        chosen[node] = max(weight, key=lambda worker: (weight[worker], worker == home, -worker))
     return chosen
 
 

@@ -72,7 +72,8 @@ def call_of(node: fx.Node) -> Call:
     name = _op_name(node.target)
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _value(n, node))
     out = node.meta.get("val")
-    if out is None and "val" not in node.meta and name.startswith("aten::"):
+    returns = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.returns
+    if "val" not in node.meta and name.startswith("aten::") and returns:
         raise CostError(f"node {node.name} ({name}) has no meta['val']: its sizes are unknown; pass the graph through "
                         "AOTAutograd or fake tensor propagation first", node=node.name)
     inputs = {id(t): t for t in tensors_in((args, kwargs))}

@@ -11,7 +11,7 @@ from genie_dynamo.passes.placement import exact_makespan, solver
 from genie_dynamo.passes.placement.deadline import Deadline
 from genie_dynamo.passes.placement.list_schedule import earliest_finish
 from genie_dynamo.passes.placement.loads import compute_bound, fits
-from genie_dynamo.passes.placement.makespan_search import MakespanSearch
+from genie_dynamo.passes.placement.makespan_search import HOT, MakespanSearch
 from genie_dynamo.passes.placement.packing import single_device
 from genie_dynamo.passes.placement.problem import Ints, Problem
 from genie_dynamo.passes.placement.throughput import PROVEN, first_loads
@@ -19,12 +19,13 @@ from genie_dynamo.passes.placement.timeline import Schedule, Timeline, critical_
 
 _S_PER_SCHEDULE = 6e-6         # per node and edge, about
 _S_PER_CHOICE = 1.5e-6           # a list schedule, per device and node or edge
-_MAX_QUICK_ROUNDS = 5
+_MAX_QUICK_ROUNDS = 9
 _QUICK_ROUND_NODES = 1000
 _QUICK_STEPS = 9_000           # nodes and edges that one quick annealing schedules
 _MIN_QUICK_TRIES, _MAX_QUICK_TRIES = 8, 400
 _FEW_SCHEDULES = 1500          # nodes and edges from which on quick planning has fewer starts
 _ROUND_S = 4.0
+_WIDE = 0.15                   # heat of a search that begins elsewhere than at the best
 _VARIANTS = ((1.0, False), (1.0, True), (0.0, False), (3.0, True))      # of list schedules: see earliest_finish
 
 
@@ -56,9 +57,13 @@ def best_makespan(problem: Problem, deadline: Deadline, *, exact: bool | None, s
     if found.proven or timeline is None:
         return found
     tries = min(_MAX_QUICK_TRIES, _QUICK_STEPS // max(1, problem.graph_size))
-    for number in range(max(1, min(_MAX_QUICK_ROUNDS, _QUICK_ROUND_NODES // len(problem.graph.nodes)))):
+    rounds = max(1, min(_MAX_QUICK_ROUNDS, _QUICK_ROUND_NODES // len(problem.graph.nodes)))
+    others = list(_list_schedules(timeline, _VARIANTS)) if rounds > 1 and tries >= _MIN_QUICK_TRIES else []
+    for number in range(rounds):
         if tries >= _MIN_QUICK_TRIES and not found.proven:
-            _anneal(timeline, found, deadline, seed + number, tries)
+            # Where transfers are dear, the best start is often a trap: every other round begins elsewhere, and hotter.
+            start_A = others[number // 2 % len(others)] if number % 2 and others else None
+            _anneal(timeline, found, deadline, seed + number, tries, start_A)
     if deadline.quick and exact is not True:
         return found
     if exact is not True and not found.proven:
@@ -108,13 +113,16 @@ def _list_schedules(timeline: Timeline, variants: tuple[tuple[float, bool], ...]
             yield device_A
 
 
-def _anneal(timeline: Timeline, found: FoundSchedule, deadline: Deadline, seed: int, tries: int | None = None) -> None:
+def _anneal(timeline: Timeline, found: FoundSchedule, deadline: Deadline, seed: int, tries: int | None = None,
+            start_A: Ints | None = None) -> None:
+    """Args: start_A: where to begin, widely; None: at the best that was found, nearby."""
     if not deadline.allows(2 * timeline.problem.graph_size * _S_PER_SCHEDULE):
         return
-    search = MakespanSearch(timeline, found.device_A, seed)
+    search = MakespanSearch(timeline, found.device_A if start_A is None else start_A, seed)
     # One more schedule must fit before time is up.
     last_s = timeline.problem.graph_size * _S_PER_SCHEDULE
-    search.anneal(tries or 1 << 62, lambda: not deadline.allows(last_s), None if tries else deadline.share_left)
+    search.anneal(tries or 1 << 62, lambda: not deadline.allows(last_s), None if tries else deadline.share_left,
+                  hot=HOT if start_A is None else _WIDE)
     found.take(search.best_A, search.best, "annealing")
 
 

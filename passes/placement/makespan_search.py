@@ -14,7 +14,7 @@ import numpy as np
 from genie_dynamo.passes.placement.problem import Ints
 from genie_dynamo.passes.placement.timeline import Schedule, Timeline
 
-_HOT, _COLD = 0.06, 0.0005
+HOT, _COLD = 0.06, 0.0005
 _REORDER = 0.1            # share of steps that change an order and no device
 
 
@@ -39,8 +39,11 @@ class MakespanSearch:
         self.best_A, self.best = start_A.copy(), self._now
 
     def anneal(self, tries: int, out_of_time: Callable[[], bool],
-               fraction_left: Callable[[], float] | None = None) -> None:
-        """Cool down over a number of schedules, or over the time left."""
+               fraction_left: Callable[[], float] | None = None, hot: float = HOT) -> None:
+        """Cool down over a number of schedules, or over the time left.
+
+        Args: hot: worsening that is likely to be taken at first, as a share of the makespan.
+        """
         scale = self._now.makespan_s
         if scale <= 0 or self._timeline.problem.num_devices < 2:
             return
@@ -48,7 +51,7 @@ class MakespanSearch:
             if out_of_time():
                 return
             left = 1 - step / tries if fraction_left is None else fraction_left()
-            self._step(scale * _COLD * (_HOT / _COLD) ** max(0.0, left))
+            self._step(scale * _COLD * (hot / _COLD) ** max(0.0, left))
 
     def _schedule(self) -> Schedule:
         ranks = self._timeline.ranks(self._device_N)

@@ -123,3 +123,13 @@ def test_costs_need_nothing_but_the_graph() -> None:
     gm = fx.GraphModule(torch.nn.Module(), graph)
     FakeTensorProp(gm).propagate(torch.randn(4, 4))
     assert analyze_costs(gm).totals().matrix_flops == 128
+
+
+def test_a_check_that_gives_nothing_has_no_sizes_and_costs_nothing() -> None:
+    """AOTAutograd leaves meta["val"] out where an op returns nothing."""
+    gm = trace(lambda x: x.sum(), torch.randn(4, 4))
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        check = gm.graph.call_function(torch.ops.aten._assert_scalar.default, (True, "a message"))
+    costs = analyze_costs(gm).nodes[check.name]
+    assert (costs.flops, costs.output_bytes) == (0, 0)
