@@ -8,9 +8,9 @@ Field types:
              where small and otherwise the index of a payload frame.
     argument an int, float, bool or None; or `(INLINE, tensor)`; or a handle: `(RESIDENT, tensor id, epoch)` of a
              parameter, a buffer or an activation, `(HELD, tensor id, epoch[, (shape, stride, offset)])` of state, or of
-             a view of it (offset in elements from its first), `(MOVED, tensor id, epoch)` of state that another worker
-             sends, `(STORE, tensor id, epoch, tensor)` of state whose content comes along. Templates remember RESIDENT
-             arguments, never state: it changes with every call.
+             a view of it (offset in elements from its first), `(MOVED, tensor id, epoch, seconds)` of state that
+             another worker sends within that time, `(STORE, tensor id, epoch, tensor)` of state whose content comes
+             along. Templates remember RESIDENT arguments, never state: it changes with every call.
     value    an int, float, bool or None; or `(INLINE, tensor)`; or a view of memory that several values share:
              `(SPAN, uint8 tensor, view)` brings the memory, `(ALIAS, index of the value with the SPAN, view)` refers
              to it; `(INPUT_VIEW, view)` is one of the memory of the call's own input, with the offset counted from
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from genie_dynamo.core.errors import ProtocolError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 RESIDENT = 0
 INLINE = 1

@@ -143,6 +143,8 @@ class RemoteGraph:
                     error: StaleHandleError) -> tuple[Any, ...]:
         """The worker lacks what it was thought to have: it was freed or evicted meanwhile."""
         session.telemetry.event("stale handle, call repeated")
+        if session.residency.never_came((error.facts.get("tensor_id", 0), error.facts.get("epoch", 0))):
+            session.telemetry.event("state did not come from another worker")
         if "template" in error.facts:
             session.residency.stamp += 1
         else:

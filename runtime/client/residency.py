@@ -97,6 +97,10 @@ class Residency:
         self._next_id = next_id
         self._epochs = itertools.count(1)
         self._rotation = 0
+        self.moving: dict[tuple[int, int], tuple[str, str]] = {}
+        """What is on its way between two workers: handle -> (from, to)."""
+        self.unreachable: set[tuple[str, str]] = set()
+        """Pairs of workers between which something got lost: it goes through here instead."""
         _instances.add(self)
 
     def next_epoch(self) -> int:
@@ -202,15 +206,27 @@ class Residency:
                     if entry.habit is None:
                         self.stamp += 1
 
+    def never_came(self, handle: tuple[int, int]) -> bool:
+        """A worker lacks this; returns whether another was to send it, which then is not asked again."""
+        pair = self.moving.get(handle)
+        if pair is None:
+            return False
+        self.unreachable.add(pair)
+        self.moving = {handle: way for handle, way in self.moving.items() if way != pair}
+        return True
+
     def distrust(self, worker: str) -> None:
-        """The worker lacks something that it was thought to have: send all again, and let it free what it has."""
+        """The worker lacks something that it was thought to have: send all again, and let it free what it has.
+
+        Under new epochs: what is to be freed must not be what has just been sent.
+        """
         with self.lock:
             for entry in list(self._entries.values()):
-                if is_stale(entry.ref()):
-                    continue                                   # it has nothing but this
-                if (epoch := entry.sent.pop(worker, None)) is not None:
-                    self._free(worker, (entry.tensor_id, epoch))
-                entry.acked.pop(worker, None)
+                if worker not in entry.sent or is_stale(entry.ref()):
+                    continue                                   # a stale one has nothing but what is there
+                self._release(entry)
+                entry.epoch = self.next_epoch()
+                entry.sent, entry.acked = {}, {}
             self.stamp += 1
 
     def touch(self, items: Iterable[Tensor]) -> None:

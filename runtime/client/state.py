@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 NOT_KEPT = (0, 0)
 MOVE_TIMEOUT_S = 10.0
-"""How long a worker may take to send state to another before the client does."""
+"""How long a worker may take to take a request to send state to another, before the client sends its own copy."""
+MOVE_GRACE_S = 2.0
+MOVE_BYTES_PER_S = 10e6
+"""A run waits for state that another worker sends as long as a slow network takes; then it is asked for here."""
 
 
 KeptState = tuple[WorkerLink, tuple[int, int], Any]
@@ -48,20 +51,28 @@ class Stored(NamedTuple):
 
 def move(session: Session, entry: Entry, tensor: torch.Tensor, link: WorkerLink) -> bool:
     """Let a worker that has the content send it to `link`; False where none can, and the caller's own has to go."""
-    source = next((x for x in session.links if x.key in entry.acked and not x.lost), None)
+    residency = session.residency
+    source = next((x for x in session.links if x.key in entry.acked and not x.lost
+                   and (x.key, link.key) not in residency.unreachable), None)
     if source is None:
         return False
-    peer_key = link.server_key.decode() if link.server_key is not None else ""
+    address, peer_key = _route_to(link)
     tensor_id, epoch = entry.tensor_id, entry.epoch
     try:
-        source.ask(lambda request: m.Move(request, tensor_id, epoch, link.address, peer_key), MOVE_TIMEOUT_S)
+        source.ask(lambda request: m.Move(request, tensor_id, epoch, address, peer_key), MOVE_TIMEOUT_S)
     except GenieError as error:
         log.info("state could not go from %s to %s and is sent from here: %s", source.name, link.name, error)
         session.telemetry.event("state not moved between workers")
         return False
+    residency.moving[tensor_id, epoch] = (source.key, link.key)
     session.telemetry.event("state moved between workers")
     session.telemetry.event("state moved between workers: bytes", tensor.nbytes)
     return True
+
+
+def _route_to(link: WorkerLink) -> tuple[str, str]:
+    """Where other workers find a worker: its address and key."""
+    return link.address, link.server_key.decode() if link.server_key is not None else ""
 
 
 def _is_foreign(tensor: torch.Tensor) -> bool:
@@ -127,7 +138,7 @@ class StateRules:
                 return (m.HELD, entry.tensor_id, entry.epoch)
             if entry.acked and tensor.nbytes >= MIN_STATE_BYTES and move(session, entry, tensor, link):
                 stored.append(Stored(entry, (entry.tensor_id, entry.epoch)))
-                return (m.MOVED, entry.tensor_id, entry.epoch)
+                return (m.MOVED, entry.tensor_id, entry.epoch, MOVE_GRACE_S + tensor.nbytes / MOVE_BYTES_PER_S)
         else:
             residency.edited(entry, tensor, key)
             if not self._on_trial(index, tensor):
@@ -219,8 +230,9 @@ class StateRules:
     def arrived(self, session: Session, link: WorkerLink, names: Sequence[str], handles: Sequence[tuple[int, int]],
                 result: m.Result, stored: Sequence[Stored], kept: dict[str, KeptState]) -> None:
         """A worker has answered: what went along is there, what stays goes into `kept`, what had to go is forgotten."""
-        for entry, _ in stored:
+        for entry, handle in stored:
             session.residency.placed(entry, link.key)
+            session.residency.moving.pop(handle, None)
         for name, handle, form in zip(names, handles, result.state, strict=bool(handles)):
             if form is not None:
                 kept[name] = (link, handle, form)

@@ -63,12 +63,14 @@ class Abandon(NamedTuple):
 
 
 class Deliver(NamedTuple):
-    """Send a message to another worker."""
+    """Send a message to another worker, and answer the client that asked for it: it is on its way, or why it is not."""
 
     address: str
     key: str
     message: m.Land
-    frames: Sequence[Any] = ()
+    frames: Sequence[Any]
+    connection: bytes
+    request: int
 
 
 class Measure(NamedTuple):

@@ -152,8 +152,7 @@ class Residents:
         frames: list[Any] = []
         staged = self._tools.stage(tensor, frames)
         land = m.Land(session.token, message.tensor_id, message.epoch, staged[1])
-        return [Deliver(message.address, message.key, land, frames),
-                Reply(event.connection, m.Done(message.request, None))]
+        return [Deliver(message.address, message.key, land, frames, event.connection, message.request)]
 
     def land(self, session: SessionRecord | None, message: m.Land, frames: Sequence[Any]) -> list[Command]:
         """A tensor has come from another worker."""

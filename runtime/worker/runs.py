@@ -27,8 +27,8 @@ from genie_dynamo.runtime.worker.records import RunRecord, SessionRecord, Templa
 from genie_dynamo.runtime.worker.residents import Residents
 from genie_dynamo.runtime.worker.toolbox import Toolbox
 
-MOVE_TIMEOUT_S = 30.0
-"""So long a run waits for state that another worker sends."""
+MOVE_TIMEOUT_S = 60.0
+"""So long at most a run waits for state that another worker sends; the client says how long."""
 
 _KINDS = (m.RESIDENT, m.HELD, m.STORE, m.MOVED)
 _NONE: frozenset[tuple[int, int]] = frozenset()
@@ -42,6 +42,12 @@ def _template(run: RunRecord) -> Template:
             resident[value_id] = (argument[1], argument[2])
     return Template(run.message.template, {v: run.env[v] for v in resident}, frozenset(resident.values()),
                     tuple(v for v in run.program.inputs if v not in resident))
+
+
+def _is_moved(argument: Any) -> bool:
+    """Whether this is `(MOVED, tensor id, epoch, seconds to wait for it)`."""
+    return (type(argument) is tuple and len(argument) == 4 and argument[0] == m.MOVED
+            and type(argument[1]) is type(argument[2]) is int and type(argument[3]) in (int, float))
 
 
 def _handles(message: m.Run, kinds: tuple[int, ...]) -> set[tuple[int, int]]:
@@ -151,8 +157,7 @@ class Runs:
                 raise self.residents.stale(key)
         elif len(argument) == 2 and argument[0] == m.INLINE:
             run.env[value_id] = self._tools.land(argument[1], frames)
-        elif (len(argument) == 3 and argument[0] == m.MOVED and type(argument[1]) is type(argument[2]) is int
-              and (argument[1], argument[2]) not in run.session.tensors):
+        elif (_is_moved(argument) and (argument[1], argument[2]) not in run.session.tensors):
             run.pending.setdefault((argument[1], argument[2]), []).append(value_id)
         elif argument and argument[0] in (m.HELD, m.STORE, m.MOVED):
             run.env[value_id] = self._state(run, argument, frames)
@@ -171,7 +176,7 @@ class Runs:
             self.residents.keep(run.session, key, tensor)
             return tensor
         tensor = self.residents.find(run.session, key)
-        return tensor if len(argument) == 3 else self._tools.view(tensor, argument[3])
+        return self._tools.view(tensor, argument[3]) if argument[0] == m.HELD and len(argument) == 4 else tensor
 
     def push(self, session: SessionRecord | None, message: m.Push, frames: Sequence[Any]) -> list[Command]:
         if session is None or message.call_id in session.cancelled:
@@ -205,13 +210,14 @@ class Runs:
 
     def tick(self, session: SessionRecord, now_s: float) -> list[Command]:
         """State that another worker was to send and that never came: the client sends it itself."""
-        late = [run for runs in session.runs.values() for run in runs
-                if run.pending and now_s - run.received_s > MOVE_TIMEOUT_S
-                and any(type(a) is tuple and a[0] == m.MOVED and (a[1], a[2]) in run.pending
-                        for a in run.message.arguments)]
+        late = [(run, (a[1], a[2])) for runs in session.runs.values() for run in runs if run.pending
+                for a in run.message.arguments if _is_moved(a) and (a[1], a[2]) in run.pending
+                and now_s - run.received_s > min(a[3], MOVE_TIMEOUT_S)]
         commands: list[Command] = []
-        for run in late:
-            gone = self.residents.stale(next(iter(run.pending)))
+        for run, key in late:
+            if run.abandoned:
+                continue
+            gone = self.residents.stale(key)
             commands += [*self.failed(Failed(run, gone, now_s)), Abandon(run)]
         return commands
 

@@ -19,7 +19,7 @@ import torch
 import zmq
 
 from genie_dynamo.core import messages as m
-from genie_dynamo.core.errors import GenieError
+from genie_dynamo.core.errors import GenieError, WorkerBusyError
 from genie_dynamo.core.wire import pack, unpack
 from genie_dynamo.runtime.flat import RunStatus
 from genie_dynamo.runtime.lanes import stream
@@ -180,10 +180,19 @@ class Shell:
             elif type(command) is Abandon:
                 self._drop(command.run)
             elif type(command) is Deliver:
-                self._peers.send(Peer(command.address, command.key, ()), command.message.session,
-                                 [pack(m.to_wire(command.message)), *command.frames])
+                self._deliver(command)
             elif type(command) is Measure:
                 self._background.add(command)
+
+    def _deliver(self, command: Deliver) -> None:
+        answer: m.Message = m.Done(command.request, None)
+        try:
+            self._peers.send(Peer(command.address, command.key, ()), command.message.session,
+                             [pack(m.to_wire(command.message)), *command.frames])
+        except (zmq.ZMQError, GenieError) as error:
+            answer = failure(command.request, WorkerBusyError(
+                f"the way from this worker to {command.address} takes nothing ({error})"))
+        self._reply(command.connection, answer, ())
 
     def _drop(self, run: RunRecord) -> None:
         self._waiting.discard(run)

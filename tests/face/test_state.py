@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -430,3 +431,31 @@ def test_what_has_come_back_and_does_so_no_more_travels_again() -> None:
         rows.append(moved())
     assert rows[0]["state"][0] == x.nbytes and rows[0]["inputs"][0] == 0
     assert rows[-1]["inputs"][0] == x.nbytes and rows[-1]["state"][0] == 0
+
+
+@torch.no_grad()
+def test_a_cache_that_does_not_arrive_is_sent_from_here_soon_and_that_way_is_not_taken_again(
+        own_session: Callable[..., Any]) -> None:
+    from genie_dynamo.runtime.client import state
+    from genie_dynamo.runtime.client.attempt import Attempts
+
+    session = own_session(workers=2)
+    net, x, k, v = start()
+    first, second = session.links
+    run = compiled_of(net)
+    nobody = "tcp://127.0.0.1:9"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state, "MOVE_GRACE_S", 0.1)
+        patch.setattr(state, "_route_to", lambda link: (nobody, ""))     # between the workers all is lost
+        for step, link in enumerate((first, first, second, first, second)):
+            patch.setattr(Attempts, "_near_state", lambda self, session, args, link=link: link)
+            genie.reset_stats()
+            expected = net(x, k, v)
+            started_s = time.monotonic()
+            out, k, v = run(x, k, v)
+            same((out, k, v), expected)
+            assert time.monotonic() - started_s < 15.0
+            events = genie.get_stats()["events"]
+            lost = step in (2, 3)
+            assert events.get("state did not come from another worker", 0) == lost, (step, events)
+            assert ("state moved between workers" in events) == lost

@@ -169,3 +169,14 @@ def test_an_old_content_is_freed_where_it_was() -> None:
     edit_in_place(p)
     statics.check([p])
     assert table.freed == [("w0/i", old)]
+
+
+def test_a_worker_that_is_not_trusted_gets_everything_under_handles_of_its_own() -> None:
+    table, p = Table(), torch.nn.Parameter(torch.randn(4, 4))
+    (entry,) = StaticSet(table.residency, (0,), NOTHING).check([p]).entries
+    table.residency.placed(entry, "w")
+    before = (entry.tensor_id, entry.epoch)
+    table.residency.distrust("w")
+    # Freed with the next message, which comes after the content that is sent again: it must be another handle.
+    assert table.freed == [("w", before)] and (entry.tensor_id, entry.epoch) != before
+    assert not entry.sent and not entry.acked

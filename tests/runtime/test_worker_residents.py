@@ -87,10 +87,9 @@ def test_what_is_needed_at_once_must_fit() -> None:
 def test_a_tensor_moves_and_the_run_that_names_it_waits_for_it() -> None:
     source, target = StateWorker(), StateWorker()
     source.finish(source.call(stored(7, b"seven")), b"")
-    deliver, done = source.send(m.Move(5, 7, 1, "tcp://b:1", ""))
-    assert isinstance(deliver, Deliver) and deliver.address == "tcp://b:1"
-    assert isinstance(done, Reply) and isinstance(done.message, m.Done)
-    (execute,) = target.call((m.MOVED, 7, 1))
+    (deliver,) = source.send(m.Move(5, 7, 1, "tcp://b:1", ""))
+    assert isinstance(deliver, Deliver) and deliver.address == "tcp://b:1" and deliver.request == 5
+    (execute,) = target.call((m.MOVED, 7, 1, 2.0))
     assert execute.run.pending == {(7, 1): [0]}
     (again,) = target.send(deliver.message, b"peer")
     assert isinstance(again, Execute) and again.run.env[0].content == b"seven" and not again.run.pending
@@ -100,10 +99,10 @@ def test_a_tensor_moves_and_the_run_that_names_it_waits_for_it() -> None:
 def test_a_tensor_that_another_worker_sends_is_held_to_the_quota() -> None:
     worker = StateWorker(quota_bytes=10)
     worker.finish(worker.call(stored(1, b"12345678")), b"")
-    (run,) = worker.call((m.MOVED, 7, 1), call=2)
+    (run,) = worker.call((m.MOVED, 7, 1, 2.0), call=2)
     (execute,) = worker.send(m.Land(TOKEN, 7, 1, (b"87654321",)), b"peer")
     assert execute.run is run.run and worker.finish([execute], b"").evicted == ((1, 1),)
-    worker.call((m.MOVED, 8, 1), call=3)
+    worker.call((m.MOVED, 8, 1, 2.0), call=3)
     reply, _ = worker.send(m.Land(TOKEN, 8, 1, (b"x" * 11,)), b"peer")
     assert failure_of([reply]).kind == "WorkerMemoryError"
     (session,) = worker.state.sessions.values()
@@ -120,7 +119,11 @@ def test_what_is_resident_is_not_changed_by_a_peer() -> None:
 
 def test_a_tensor_that_never_comes_fails_the_run() -> None:
     worker = StateWorker()
-    worker.call((m.MOVED, 7, 1))
+    worker.call((m.MOVED, 7, 1, 3.0))
+    assert worker.state.handle(Tick(2.0)) == []
+    reply, _ = worker.state.handle(Tick(4.0))
+    assert failure_of([reply]).facts["tensor_id"] == 7
+    worker.call((m.MOVED, 8, 1, 1e9), call=2)
     assert worker.state.handle(Tick(MOVE_TIMEOUT_S - 1)) == []
     reply, _ = worker.state.handle(Tick(MOVE_TIMEOUT_S + 1))
     assert failure_of([reply]).kind == "StaleHandleError"
