@@ -14,6 +14,7 @@ import genie_dynamo as genie
 from genie_dynamo import by_size, parts, placed, sessions, worker_facts
 from genie_dynamo.core.errors import ConfigError, UnsupportedGraphError
 from tests.face.test_placed import known
+from tests.models import architectures
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +158,13 @@ def test_what_cannot_be_cut_is_refused_in_strict_mode_and_said_otherwise(caplog:
         torch.testing.assert_close(compiled(x), reference(x), rtol=1e-5, atol=1e-5)
     assert "BatchNorm in training" in caplog.text
     assert any("microbatches not used" in event for event in genie.get_stats()["events"])
+
+
+def test_a_mixture_of_experts_is_refused_with_the_reason() -> None:
+    model, inputs = architectures.build("mixtral")
+    compiled = torch.compile(model, backend="genie", options={"microbatches": 2})
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="sorted by expert together"):
+        compiled(input_ids=inputs["input_ids"], use_cache=False)
 
 
 def test_a_number_that_is_none_is_refused() -> None:
