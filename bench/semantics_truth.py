@@ -235,6 +235,8 @@ def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[
     if what.endswith("PositionalConvEmbedding"):
         return "positional", where
     if _PATCHES.search(what) or (what.startswith("Conv") and re.search(r"patch", leaf)):
+        if what.startswith("Swin2SR"):
+            return None                    # its patches are single pixels: a projection
         # Patches that stay an image are a stem or a stage as much: either reading is right.
         inside = (*children.get(where, ()), *children.get(where.rpartition(".")[0], ()))
         return ("patch_embedding", where) if _TOKENS in inside else None

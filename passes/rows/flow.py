@@ -215,8 +215,9 @@ class _Search:
             if source in self._mixed:
                 # What follows would run on the whole batch, after all parts: that is no pipeline.
                 if _is_heavy(node):
+                    routed = "; tokens of all rows are sorted by expert together" if "grouped_mm" in node.name else ""
                     raise NotPipelined(f"rows of the batch depend on each other: {self._whole_because[source]}; "
-                                       f"{node.name} comes after it")
+                                       f"{node.name} comes after it{routed}")
                 self._mixed.add(node)
 
     def _check(self) -> None:

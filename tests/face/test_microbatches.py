@@ -14,6 +14,7 @@ import genie_dynamo as genie
 from genie_dynamo import by_size, parts, placed, sessions, worker_facts
 from genie_dynamo.core.errors import ConfigError, UnsupportedGraphError
 from tests.face.test_placed import known
+from tests.models import architectures
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,8 @@ def test_a_step_with_its_backward_in_one_graph_runs_in_parts() -> None:
 
 
 def test_a_batch_of_any_size_is_cut_where_its_size_is_a_symbol() -> None:
-    model = Decoder()
+    torch._dynamo.utils.counters.clear()
+    model = Decoder(layers=2)
     reference = copy.deepcopy(model)
     compiled = torch.compile(model, backend="genie", dynamic=True, options={"microbatches": 4, "strict": False})
     for number, rows in enumerate((16, 24, 16, 10)):
@@ -128,7 +130,7 @@ def test_a_batch_of_any_size_is_cut_where_its_size_is_a_symbol() -> None:
             assert min(calls().values()) == 2 * (number + 1), "forward and backward, on both"
     refused = [event for event in genie.get_stats()["events"] if "microbatches not used" in event]
     assert any("10 rows" in event and "multiple of 4" in event for event in refused), refused
-    assert len(torch._dynamo.utils.counters["stats"]) and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "no size is compiled anew"
 
 
 def test_a_symbolic_batch_beyond_the_sizes_that_have_a_plan_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +158,13 @@ def test_what_cannot_be_cut_is_refused_in_strict_mode_and_said_otherwise(caplog:
         torch.testing.assert_close(compiled(x), reference(x), rtol=1e-5, atol=1e-5)
     assert "BatchNorm in training" in caplog.text
     assert any("microbatches not used" in event for event in genie.get_stats()["events"])
+
+
+def test_a_mixture_of_experts_is_refused_with_the_reason() -> None:
+    model, inputs = architectures.build("mixtral")
+    compiled = torch.compile(model, backend="genie", options={"microbatches": 2})
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="sorted by expert together"):
+        compiled(input_ids=inputs["input_ids"], use_cache=False)
 
 
 def test_a_number_that_is_none_is_refused() -> None:

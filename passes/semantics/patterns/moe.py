@@ -17,7 +17,7 @@ _DISPATCH = VIEWS | frozenset({
     "sort", "floor_divide", "floordiv", "index", "histc", "cumsum", "index_write", "copy", "argsort", "eq", "one_hot",
     "nonzero", "arange", "remainder", "cat", "where", "empty_like", "bincount", "zeros_like", "clamp"})
 _ROUTES = frozenset({"grouped_matmul", "index_add", "index", "one_hot", "sort", "eq", "index_write", "matmul"})
-_ROUTES_BEST = frozenset({"grouped_matmul", "index_add", "sort", "one_hot"})     # the best one is picked elsewhere too
+_ROUTES_BEST = _ROUTES - {"index", "eq", "matmul"}            # the best one is picked elsewhere too
 _COMBINE = ELEMENTWISE | VIEWS | {"index", "index_write", "index_add", "sum", "grouped_matmul", "copy", "zeros_like"}
 
 

@@ -65,7 +65,9 @@ def _state_of_cells(view: GraphView, cells: list[ViewNode],
     given = {s for s in states if _given(s)}
     remember_states(view, given)
     last = items[cells[-1]] or (cells[-1],)
-    return {"past": bool(given), "kept": any(_leaves(view, n) for n in last), "query_length": len(cells)}
+    made = {n for cell in cells for n in (cell, *items[cell])}
+    kept = any(_leaves(view, n) if len(cells) == 1 else _state_leaves(view, n, made) for n in last)
+    return {"past": bool(given), "kept": kept, "query_length": len(cells)}
 
 
 def _state_of_op(view: GraphView, node: ViewNode, items: tuple[ViewNode, ...]) -> dict[str, Scalar]:
@@ -150,7 +152,6 @@ def _one_step(view: GraphView, earlier: ViewNode, later: ViewNode,
         queue.extend(fresh)
     if earlier not in seen:
         return None
-    joined |= any(s is not earlier for s in (*_sources(view, earlier), *_sources(view, later)) if s not in seen)
     return seen if joined else None
 
 
@@ -188,12 +189,22 @@ def _written_out(view: GraphView, block: _Block, node: ViewNode) -> Outcome:
     states = {p for n in block.nodes[:_STEP_LIMIT] for p in (*n.inputs, *_sources(view, n)) if _given(p)
               and all(u.index < second.index for u in p.users if u in inside or u.op == "cat")}
     remember_states(view, states)
-    kept = any(_leaves(view, n) for n in block.nodes[-_STEP_LIMIT:] if not is_linear(n) and n.op not in VIEWS)
+    kept = any(_state_leaves(view, n, inside) for n in block.nodes[-_STEP_LIMIT:] if not is_linear(n))
     annotations: dict[str, Scalar] = {"variant": "cell", "past": bool(states), "kept": kept,
                                       "query_length": block.steps}
     return Match(kind="recurrent", core=ordered([*activations, *block.layers]), nodes=block.nodes, confidence=0.93,
                  annotations=annotations, reason=f"one weight is read {block.steps} times down its own results, with "
                                                  "gates between: a recurrence that is written out")
+
+
+def _state_leaves(view: GraphView, node: ViewNode, inside: set[ViewNode]) -> bool:
+    """Whether a state leaves the graph, alone or beside those of other layers; the joined results of all steps do not
+    count."""
+    for below in view.forward(node, VIEWS, 12):
+        if below.op == "output" or (below.op in ("stack", "cat") and sum(p in inside for p in below.inputs) <= 2
+                                    and _leaves(view, below)):
+            return True
+    return False
 
 
 def _sources(view: GraphView, layer: ViewNode) -> list[ViewNode]:

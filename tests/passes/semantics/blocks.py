@@ -367,3 +367,129 @@ def reports(model: nn.Module, inputs: dict[str, Any]) -> dict[str, EngineReport]
 
 def _never(pattern: Any, reason: str) -> None:
     raise AssertionError(f"{pattern.name}: {reason}")
+
+
+class Cells(nn.Module):
+    """Recurrent cells that are written out: a loop over the steps of (batch, steps, features)."""
+
+    def __init__(self, form: str, layers: int = 1) -> None:
+        super().__init__()
+        self.form, self.layers = form, layers
+        wide = {"lstm": 4, "gru": 3}.get(form, 1)
+        self.inputs, self.states = (nn.ModuleList(nn.Linear(D, wide * D) for _ in range(layers)) for _ in range(2))
+        self.gates = nn.ModuleList(nn.Linear(2 * D, 2 * D) for _ in range(layers))
+        self.joined = nn.ModuleList(nn.Linear(2 * D, D) for _ in range(layers))
+        self.ops = nn.ModuleList(nn.LSTMCell(D, D) for _ in range(layers))
+
+    def cell(self, layer: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        if self.form == "op":
+            return self.ops[layer](x, (h, c))  # type: ignore[no-any-return]
+        if self.form == "joined":
+            reset, update = self.gates[layer](torch.cat([x, h], -1)).sigmoid().chunk(2, -1)
+            new = self.joined[layer](torch.cat([x, reset * h], -1)).tanh()
+            return (1 - update) * new + update * h, c
+        made, state = self.inputs[layer](x), self.states[layer](h)
+        if self.form == "elman":
+            return (made + state).tanh(), c
+        if self.form == "gru":
+            (a, b, d), (e, f, g) = made.chunk(3, -1), state.chunk(3, -1)
+            reset, update = (a + e).sigmoid(), (b + f).sigmoid()
+            return (1 - update) * (d + reset * g).tanh() + update * h, c
+        i, f, g, o = (made + state).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+    def forward(self, x: Tensor, h: Tensor | None = None, c: Tensor | None = None) -> Any:
+        zeros = x.new_zeros(x.shape[0], D)
+        states = [(zeros if h is None else h, zeros if c is None else c) for _ in range(self.layers)]
+        steps = []
+        for t in range(x.shape[1]):
+            y = x[:, t]
+            for layer in range(self.layers):
+                states[layer] = self.cell(layer, y, *states[layer])
+                y = states[layer][0]
+            steps.append(y)
+        out = torch.stack(steps, 1)
+        return out if h is None else (out, states)
+
+
+class SharedLayer(nn.Module):
+    """One weight three times in a row, and nothing new between: a deep layer, no recurrence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.layer(x).tanh()
+        return x
+
+
+class Exponents(nn.Module):
+    """A state whose exponent decays by a learned rate at each step, as in RWKV."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key, self.value, self.out = (nn.Linear(D, D) for _ in range(3))
+        self.rate = nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value, decay = self.key(x), self.value(x), -self.rate.exp()
+        top, total = key[:, 0], value[:, 0]
+        steps = [total]
+        for t in range(1, x.shape[1]):
+            new = torch.maximum(top + decay, key[:, t])
+            total = (top + decay - new).exp() * total + (key[:, t] - new).exp() * value[:, t]
+            top = new
+            steps.append(total)
+        return self.out(torch.stack(steps, 1))  # type: ignore[no-any-return]
+
+
+class BatchedExperts(nn.Module):
+    """Every expert computes on all tokens: batches of products with two stacks of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, D, 2 * D)), nn.Parameter(torch.randn(3, 2 * D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(1, -1, D).repeat(3, 1, 1)
+        return torch.bmm(torch.bmm(tokens, self.up).relu(), self.down).sum(0).view_as(x)
+
+
+class BestExpert(nn.Module):
+    """Each token goes to the one expert that scores best, found by a maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        best, chosen = self.score(x.reshape(-1, D)).softmax(-1).max(-1, keepdim=True)
+        return torch.zeros(B * T, 3).scatter(1, chosen, best)
+
+
+class PowerNorm(nn.Module):
+    """A root mean square whose root is a power."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.pow(x.pow(2).mean(-1, keepdim=True) + 1e-6, -0.5)
+
+
+class TwoMeans(nn.Module):
+    """The mean over an image, side by side."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.mean(2, keepdim=True).mean(3, keepdim=True)
+
+
+class AttributeTable(nn.Module):
+    """Positions in a tensor that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(D, D), torch.randn(1, T, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.table

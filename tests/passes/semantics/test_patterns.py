@@ -57,6 +57,20 @@ POSITIVE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]],
     "recurrent": (lambda: handwritten.build("lstm_lm")[0], lambda: handwritten.build("lstm_lm")[1], "recurrent", {}),
     "recurrent_cell": (lambda: handwritten.build("elman_lm")[0], lambda: handwritten.build("elman_lm")[1], "recurrent",
                        {"variant": "cell"}),
+    **{f"cells_{form}": (lambda form=form: b.Cells(form), b.hidden, "recurrent",
+                         {"query_length": b.T, "past": False, "kept": False})
+       for form in ("elman", "gru", "lstm", "joined", "op")},
+    "cells_kept": (lambda: b.Cells("lstm"), lambda: {**b.hidden(), "h": torch.randn(b.B, b.D), "c": torch.randn(
+        b.B, b.D)}, "recurrent", {"query_length": b.T, "past": True, "kept": True}),
+    "cell_step": (lambda: b.Cells("joined"), lambda: {"x": torch.randn(b.B, 1, b.D), "h": torch.randn(b.B, b.D),
+                                                      "c": torch.randn(b.B, b.D)}, "recurrent",
+                  {"query_length": 1, "past": True, "kept": True}),
+    "state_in_exponents": (b.Exponents, b.hidden, "state_space", {"variant": "exponents"}),
+    "experts_all_at_once": (b.BatchedExperts, b.hidden, "moe_experts", {"experts": 3}),
+    "router_of_the_best": (b.BestExpert, b.hidden, "moe_router", {"experts": 3, "chosen": 1}),
+    "norm_by_power": (b.PowerNorm, b.hidden, "norm", {"variant": "rms_norm"}),
+    "pooling_side_by_side": (b.TwoMeans, lambda: dict(IMAGE), "pooling", {"variant": "mean"}),
+    "table_in_an_attribute": (b.AttributeTable, b.hidden, "positional", {"variant": "constant"}),
     "loss": (b.Loss, lambda: {**b.hidden(), "labels": torch.randint(5, (b.B, b.T))}, "loss", {}),
 }
 
@@ -77,6 +91,7 @@ NEGATIVE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]],
     "mean_of_features_is_no_pooling": (lambda: b.Pooled(2), b.hidden, "pooling", "pooling", "not over positions"),
     "residual_linear_is_no_head": (lambda: b.Head(residual=True), b.hidden, "logits_head", "logits_head",
                                    "goes on into add"),
+    "shared_layer_is_no_recurrence": (b.SharedLayer, b.hidden, "recurrent", "recurrent", "an input and a state"),
     "softplus_alone_is_no_state": (lambda: b.SelectiveScan(rates=False), b.hidden, "state_space", "state_space",
                                    "exponential of a weight"),
 }
@@ -101,6 +116,14 @@ def test_refuses_with_the_reason(name: str) -> None:
         assert not [f.match for f in report.found if f.match.kind == kind], (capture, report.found)
         reasons = [r.reason for r in report.refusals if r.pattern == pattern]
         assert any(reason in given for given in reasons), (capture, reasons)
+
+
+@pytest.mark.parametrize("form", ["lstm", "joined"])
+def test_the_steps_of_a_layer_are_one_region_and_layers_are_not_mixed(form: str) -> None:
+    for capture, report in b.reports(b.Cells(form, layers=2), b.hidden()).items():
+        found = [f for f in report.found if f.match.kind == "recurrent"]
+        assert len(found) == 2, capture
+        assert [f.match.annotations["query_length"] for f in found] == [b.T, b.T]
 
 
 def test_regions_do_not_share_nodes() -> None:
