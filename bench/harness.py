@@ -31,6 +31,8 @@ from bench import procfs
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_TIMEOUT_S = 900.0
+BUSY_POLL_S = 0.01
+"""Of the sides that are called "busy polling": longer than any call there takes."""
 _ERROR_TAIL_BYTES = 4000
 _THAW_S = 0.2
 

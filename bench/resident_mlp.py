@@ -4,9 +4,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from bench.harness import Case, Settings, Side, Step, measure, ratio_target
+from bench.harness import BUSY_POLL_S, Case, Settings, Side, Step, measure, ratio_target
 
 LIMIT_OVER_LOCAL = 1.45
+LIMIT_OVER_SHARED_MEMORY = 1.12
+POLLING = "genie ipc, busy polling"
 
 
 def _step(run: Callable[[Any], Any], **more: Any) -> Step:
@@ -45,12 +47,20 @@ def run(settings: Settings) -> Iterator[Case]:
                  for how in ("eager", "empty")]
         sides += [Side(module=__name__, factory="genie", name=f"genie {kind}", params={
             "backend": settings.backend, "threads": threads, "transport": kind}) for kind in transports]
+        if not pinned:
+            sides.append(Side(module=__name__, factory="genie", name=POLLING, params={
+                "backend": settings.backend, "threads": threads, "busy_poll_s": BUSY_POLL_S}))
         seen = measure(settings, sides, blocks=1 if settings.quick else 4, samples=10 if settings.quick else 40,
                        settle=5, threads=threads, pinned=pinned)
         best = seen.fastest("local eager", "local empty")
         ratios = tuple(seen.ratio(f"genie {kind}", f"local {how}")
                        for kind in transports for how in ("eager", "empty"))
-        targets = tuple(ratio_target(f"resident MLP over local ({kind})", seen.ratio(f"genie {kind}", best),
-                                     LIMIT_OVER_LOCAL) for kind in transports)
+        targets = [ratio_target(f"resident MLP over local ({kind})", seen.ratio(f"genie {kind}", best),
+                                LIMIT_OVER_LOCAL) for kind in transports]
+        if not pinned:
+            ratios += (seen.ratio(POLLING, best),)
+            targets += [ratio_target(f"resident MLP over local, shared memory{how}", seen.ratio(name, best),
+                                     LIMIT_OVER_SHARED_MEMORY)
+                        for name, how in (("genie ipc", ""), (POLLING, ", the client polls"))]
         yield Case(bench="resident_mlp", title="3 x 1024, batch 32, no_grad", threads=threads, pinned=pinned,
-                   series=seen.series, ratios=ratios, targets=targets, per_call=seen.per_call)
+                   series=seen.series, ratios=ratios, targets=tuple(targets), per_call=seen.per_call)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from bench.harness import Case, Settings, Side, Step, measure, ratio_target
+from bench.harness import BUSY_POLL_S, Case, Settings, Side, Step, measure, ratio_target
 
 LIMIT_OVER_FLOOR = 1.6
 OP_RUN = "pyzmq ipc, op run"
+POLLING = "genie ipc, busy polling"
 
 
 def _step(run: Callable[[Any], Any], params: Mapping[str, Any], **more: Any) -> Step:
@@ -67,6 +68,9 @@ def run(settings: Settings) -> Iterator[Case]:
             params = {**common, "transport": kind}
             sides += [Side(module=__name__, factory="pyzmq", name=f"pyzmq {kind}", params=params),
                       Side(module=__name__, factory="genie", name=f"genie {kind}", params=params)]
+        if not pinned:
+            sides.append(Side(module=__name__, factory="genie", name=POLLING, params={
+                **common, "busy_poll_s": BUSY_POLL_S}))
         if not settings.quick:
             sides.append(Side(module="bench.peers", factory="pyzmq", name=OP_RUN, params={"work": "tiny"}))
         seen = measure(settings, sides, blocks=1 if settings.quick else 4, samples=50 if settings.quick else 250,
@@ -76,6 +80,8 @@ def run(settings: Settings) -> Iterator[Case]:
             over_floor = seen.ratio(f"genie {kind}", f"pyzmq {kind}")
             ratios += [over_floor] + [seen.ratio(f"genie {kind}", f"local {how}") for how in ("empty", "eager")]
             targets.append(ratio_target(f"tiny call over the pyzmq floor ({kind})", over_floor, LIMIT_OVER_FLOOR))
+        if POLLING in seen:
+            ratios.append(seen.ratio(POLLING, "pyzmq ipc"))
         if OP_RUN in seen:
             ratios.append(seen.ratio("genie ipc", OP_RUN))
         yield Case(bench="tiny_call", title="1 KB in, one op, 1 KB out", threads=threads, pinned=pinned,

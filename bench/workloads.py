@@ -101,7 +101,7 @@ class Remote:
     Another backend's name in its place (to try a bench without workers) makes this process the "worker".
     """
 
-    def __init__(self, backend: str, threads: int, transport: str) -> None:
+    def __init__(self, backend: str, threads: int, transport: str, busy_poll_s: float) -> None:
         self._backend = backend
         self._own_worker: subprocess.Popen[bytes] | None = None
         self.worker_pid = os.getpid()
@@ -114,9 +114,9 @@ class Remote:
             address = f"tcp://127.0.0.1:{_free_port()}"
             self._own_worker = subprocess.Popen(
                 [str(Path(sys.executable).parent / "genie"), "worker", "--bind", address, "--threads", str(threads)])
-            genie.init(workers=[address])
+            genie.init(workers=[address], busy_poll_s=busy_poll_s)
         else:
-            genie.init(workers=1, num_threads=threads)
+            genie.init(workers=1, num_threads=threads, busy_poll_s=busy_poll_s)
         (worker,) = genie.get_stats()["workers"].values()
         self.worker_pid = int(worker["pid"])
 
@@ -167,7 +167,7 @@ def _shared_remote(key: str) -> Remote:
 
 def remote(params: Mapping[str, Any]) -> Remote:
     """The remote that a side's params describe; sides of one process share it, and any of them may close it."""
-    names = {"backend": "genie", "threads": 1, "transport": "ipc"}
+    names = {"backend": "genie", "threads": 1, "transport": "ipc", "busy_poll_s": 0.0}
     return _shared_remote(json.dumps({name: params.get(name, default) for name, default in names.items()}))
 
 

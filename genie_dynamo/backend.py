@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch._functorch.config
-from functorch.compile import default_partition
 from torch import fx
 from torch._dynamo import eval_frame
 from torch._dynamo.backends.common import aot_autograd
@@ -31,6 +30,7 @@ from genie_dynamo.core.fragment import encode
 from genie_dynamo.core.plan import GuardFacts
 from genie_dynamo.device.compiled import is_on_device, recorded
 from genie_dynamo.fused import remote_call
+from genie_dynamo.partitioning import partition_fn
 from genie_dynamo.parts import Parts
 from genie_dynamo.passes.facts import read_facts, read_guards
 from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
@@ -78,7 +78,7 @@ def genie(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> C
     with torch._functorch.config.patch(donated_buffer=False):
         compiled: Callable[..., Any] = aot_autograd(
             fw_compiler=compiler("forward"), bw_compiler=compiler("backward"),
-            inference_compiler=compiler("inference"), partition_fn=default_partition,
+            inference_compiler=compiler("inference"), partition_fn=partition_fn(config),
             keep_inference_input_mutations=True,
         )(gm, example_inputs)
     return compiled
@@ -106,8 +106,9 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
     keep_state = not remote and config.awareness == "full" and kind != "backward"
     session = lambda: sessions.session(namespaces)  # noqa: E731 - it is handed on
 
-    def build(assign: Assign | None, workers: Sequence[str], count: int, over: fx.GraphModule = gm) -> RemoteGraph:
-        plan = plan_graph(over, facts, guards, assign=assign, num_workers=count, keep_state=keep_state and over is gm)
+    def build(assign: Assign | None, workers: Sequence[str], count: int, over: fx.GraphModule = gm,
+              whole: bool = True) -> RemoteGraph:
+        plan = plan_graph(over, facts, guards, assign=assign, num_workers=count, keep_state=keep_state and whole)
         if remote:
             changed = {index for index, _ in plan.mutations}
             plan = dataclasses.replace(plan, stays=tuple(i for i in facts.static_inputs if i in changed))
@@ -131,7 +132,7 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
     if assign is not None:
         return first
     placed = PlacedGraph(gm, facts, config, label, homes or Homes(), session, first, parts,
-                         lambda over, assign, workers: build(assign, workers, len(workers), over))
+                         lambda over, assign, workers, whole: build(assign, workers, len(workers), over, whole))
     for watch in observers:
         watch(placed)
     return placed

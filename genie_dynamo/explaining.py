@@ -18,6 +18,7 @@ from genie_dynamo.core.errors import CostError, PlacementError, SessionError
 from genie_dynamo.core.placement import Placement
 from genie_dynamo.core.plan import Fragment, Plan
 from genie_dynamo.explanation import Explanation, FragmentRow, GraphPlan, Span
+from genie_dynamo.passes.costs.sizes import hinted_bytes
 from genie_dynamo.passes.partition import Partition
 from genie_dynamo.passes.semantics.carry import marked
 from genie_dynamo.placed import PlacedGraph
@@ -127,7 +128,7 @@ def _explain(graph: PlacedGraph, facts: worker_facts.Facts, session: Session) ->
     partition: Partition | None = None
     unpriced = ""
     try:
-        partition = graph.price(facts)
+        partition = graph.found or graph.price(facts)
     except (CostError, PlacementError) as error:
         unpriced = str(error)
     names = _worker_names(plan, partition, measured)
@@ -138,9 +139,9 @@ def _explain(graph: PlacedGraph, facts: worker_facts.Facts, session: Session) ->
     for fragment in plan.fragments:
         by_worker[fragment.worker] = by_worker.get(fragment.worker, 0.0) + _sum(estimates, fragment.node_names)
     over = graph.gm
-    if partition is not None and partition.split is not None:
-        over = partition.split.gm
-        region_of = {name: region_of[origin] for name, origin in partition.split.origin.items() if origin in region_of}
+    if partition is not None:
+        over = partition.over(graph.gm)
+        region_of.update((name, region_of[origin]) for name, origin in partition.origin.items() if origin in region_of)
     rows = tuple(_row(over, plan, fragment, names, estimates, partition, region_of,
                       _share(measured.get(names[fragment.worker]), _sum(estimates, fragment.node_names),
                              by_worker[fragment.worker])) for fragment in plan.fragments)
@@ -244,7 +245,4 @@ def _share(measured_s: float | None, part: float, whole: float) -> float | None:
 
 def _bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return 8
-    hint = [size if isinstance(size, int) else size.node.hint or 1 for size in value.shape]
-    return int(torch.Size(hint).numel() * value.element_size())
+    return hinted_bytes(value) if isinstance(value, torch.Tensor) else 8

@@ -6,6 +6,7 @@ joined or left. A forward graph says where each of its values is made; the backw
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from genie_dynamo import worker_facts
+from genie_dynamo import observing, worker_facts
 from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import (
     CostError,
@@ -25,6 +26,7 @@ from genie_dynamo.core.errors import (
     WorkerLostError,
 )
 from genie_dynamo.parts import Parts, rows_for_backward
+from genie_dynamo.passes.costs.sizes import hinted_bytes
 from genie_dynamo.passes.costs.symbols import SymbolBinding
 from genie_dynamo.passes.drift import Drift
 from genie_dynamo.passes.facts import GraphFacts
@@ -42,7 +44,8 @@ log = logging.getLogger(__name__)
 TIME_LIMIT_S: float | None = 0.5
 """What planning one graph may take of the call that it happens before."""
 
-Build = Callable[[fx.GraphModule, Assign, Sequence[str]], RemoteGraph]
+Build = Callable[[fx.GraphModule, Assign, Sequence[str], bool], RemoteGraph]
+"""`build(graph, node -> worker, names of workers, whether the batch is whole)`."""
 
 
 @dataclass(slots=True)
@@ -51,6 +54,7 @@ class Homes:
 
     workers: tuple[str, ...] = ()
     of_value: Mapping[str, int] = field(default_factory=dict)
+    of_op: Mapping[int, int] = field(default_factory=dict)     # autograd's number of an op -> worker; empty: unaware
     rows: Mapping[str, int] = field(default_factory=dict)      # value -> dim of its rows, where the batch is cut
 
 
@@ -79,6 +83,26 @@ class PlacedGraph:
         self._symbols = SymbolBinding(gm)
         self._drift = Drift(time.monotonic)
         self._found: Partition | None = None
+        self._priced_with: worker_facts.Facts | None = None
+        self._sizes_seen: set[tuple[tuple[str, int], ...]] = set()
+
+    @property
+    def found(self) -> Partition | None:
+        """What `current` goes by; None where the graph was not placed."""
+        return self._found
+
+    @property
+    def over(self) -> fx.GraphModule:
+        """The graph that `current` runs: this one, or what a partition runs in its place."""
+        return self.gm if self._found is None else self._found.over(self.gm)
+
+    def sizes(self) -> dict[str, int] | None:
+        """Values of the symbols in all calls since this was last asked; None where they differed, or are unknown."""
+        if not self._symbols.names:
+            return {}
+        self.observed = True
+        seen, self._sizes_seen = self._sizes_seen, set()
+        return dict(next(iter(seen))) if len(seen) == 1 else None
 
     @property
     def current(self) -> RemoteGraph:
@@ -96,6 +120,8 @@ class PlacedGraph:
                 self._lock.release()
         if self.observed:
             self.symbol_values = self._symbols(args)
+            if len(self._sizes_seen) < 2:
+                self._sizes_seen.add(tuple(self.symbol_values.items()))
         if self.facts.kind == "backward":
             return self._current(args)
         if self._found is None or self.symbol_values:
@@ -118,13 +144,17 @@ class PlacedGraph:
     def _make_whole(self) -> None:
         self._found = None
         self._current, self._workers = self._anywhere, ()
-        self._homes.workers, self._homes.of_value, self._homes.rows = (), {}, {}
+        self._homes.workers, self._homes.of_value, self._homes.of_op, self._homes.rows = (), {}, {}, {}
 
     def price(self, facts: worker_facts.Facts) -> Partition:
         """What placement says of this graph for the sizes of the last observed call.
 
         Raises: PlacementError, CostError.
         """
+        if self._priced_with is not None and facts.workers != self._priced_with.workers:
+            # What was measured against older estimates says nothing of the present ones.
+            self._drift.slowness.clear()
+        self._priced_with = facts
         limits = Limits(time_limit_s=TIME_LIMIT_S, latency_bound_s=self._config.latency_bound_s)
         slowness = self._drift.slowness
         workers = [replace(w, slowness=slowness.get(w.name, 1.0)) for w in facts.workers]
@@ -142,6 +172,7 @@ class PlacedGraph:
             if self._key is not self._homes.of_value:
                 self._key = self._homes.of_value
                 self._follow()
+                observing.watch(session, self)
             return
         key = worker_facts.incarnations(session)
         again = key == self._key
@@ -161,6 +192,7 @@ class PlacedGraph:
             else:
                 self._settle(found)
                 self._note(found, changed=True)
+            observing.watch(session, self)
         except (CostError, PlanError, UnsupportedGraphError) as error:
             log.info("%s cannot be priced or cut, and stays on one worker: %s", self.label, error)
             self._make_whole()
@@ -200,38 +232,52 @@ class PlacedGraph:
     def _settle(self, found: Partition) -> None:
         """Go by a partition from now on."""
         if len(found.workers) > 1:
-            over = self.gm if found.split is None else found.split.gm
-            cut = self._build(over, lambda node: found.assign.get(node.name, 0), found.workers)
+            cut = self._build(found.over(self.gm), lambda node: found.assign.get(node.name, 0), found.workers,
+                              found.split is None)
             log.info("%s is cut over %s: %.3g ms estimated", self.label, ", ".join(found.workers), found.est_s * 1e3)
             self._current, self._workers = cut, found.workers
-            self._homes.workers, self._homes.of_value = found.workers, found.assign
+            kept = found.twice.kept if found.twice is not None else {}
+            self._homes.workers, self._homes.of_value = found.workers, {**found.assign, **kept}
+            aware = self._config.awareness == "full"
+            self._homes.of_op = {node.meta["seq_nr"]: found.assign[node.name] for node in self.gm.graph.nodes
+                                 if "seq_nr" in node.meta and node.name in found.assign} if aware else {}
             self._homes.rows = {} if found.split is None else rows_for_backward(found.split, self.facts)
             return
         self._make_whole()
         if found.pinned:
-            self._current, self._workers = self._build(self.gm, lambda node: 0, found.workers), found.workers
+            self._current, self._workers = self._build(self.gm, lambda node: 0, found.workers, True), found.workers
 
     def _follow(self) -> None:
         """A backward graph runs where the activations are that it reads."""
         if len(self._homes.workers) < 2:
             self._current = self._anywhere
             return
-        assign = {node.name: worker for node, worker in _follow(self.gm, self._homes.of_value).items()}
+        assign = {node.name: worker for node, worker in _follow(self.gm, self._homes).items()}
         split = self.parts.of_backward(self.gm, self.facts, self._homes.rows, self._config.microbatches)
         if split is None:
-            self._current = self._build(self.gm, lambda node: assign[node.name], self._homes.workers)
+            self._current = self._build(self.gm, lambda node: assign[node.name], self._homes.workers, True)
             return
         origin = split.origin
-        self._current = self._build(split.gm, lambda node: assign[origin[node.name]], self._homes.workers)
+        self._current = self._build(split.gm, lambda node: assign[origin[node.name]], self._homes.workers, False)
 
 
-def _follow(gm: fx.GraphModule, homes: Mapping[str, int]) -> dict[fx.Node, int]:
-    """Each node where most bytes of what it reads are; nodes that read nothing with a home go to the first worker."""
+def _follow(gm: fx.GraphModule, homes: Homes) -> dict[fx.Node, int]:
+    """Each node with the op of the forward that it differentiates: there are the activations, and the weights.
+
+    What belongs to no op (sums of gradients), and all where placement sees no phases, is where most bytes of what it
+    reads are; what reads nothing with a home goes to the first worker. A tuple's elements are taken where it is made.
+    """
     chosen: dict[fx.Node, int] = {}
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            if node.name in homes:
-                chosen[node] = homes[node.name]
+            if node.name in homes.of_value:
+                chosen[node] = homes.of_value[node.name]
+            continue
+        home = homes.of_op.get(node.meta.get("seq_nr", -1))
+        if node.target is operator.getitem:
+            home = chosen.get(node.all_input_nodes[0])
+        if home is not None:
+            chosen[node] = home
             continue
         weight: dict[int, float] = {}
         for source in node.all_input_nodes:
@@ -243,7 +289,4 @@ def _follow(gm: fx.GraphModule, homes: Mapping[str, int]) -> dict[fx.Node, int]:
 
 def _bytes(node: fx.Node) -> float:
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return 1.0
-    hint = [size if isinstance(size, int) else size.node.hint or 1 for size in value.shape]
-    return float(torch.Size(hint).numel() * value.element_size() + 1)
+    return float(hinted_bytes(value) + 1) if isinstance(value, torch.Tensor) else 1.0

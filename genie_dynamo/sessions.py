@@ -77,6 +77,12 @@ def session(namespaces: frozenset[str] = frozenset()) -> Session:
     return current
 
 
+def opened() -> Session | None:
+    """The default session where one is open; none is opened for this."""
+    current = _default
+    return None if current is None or current.closed or _owner_pid != os.getpid() else current
+
+
 def shutdown() -> None:
     """Close the default session: embedded workers end, running ones forget this client. Safe to call twice."""
     global _default

@@ -8,7 +8,7 @@ time that the estimate must win back with a margin. Pure: facts about workers an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,15 @@ from genie_dynamo.core.placement import Placement, Policy
 from genie_dynamo.passes.colocation import together
 from genie_dynamo.passes.costs.analysis import analyze_costs
 from genie_dynamo.passes.costs.cost_graph import cost_graph
+from genie_dynamo.passes.costs.fit import CostFit
 from genie_dynamo.passes.costs.shipped import shipped_fit
 from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.placement.interfaces import Limits, PlacementStrategy
+from genie_dynamo.passes.placement.problem import build_problem
+from genie_dynamo.passes.placement.timeline import Timeline
 from genie_dynamo.passes.rows.split import SplitGraph
 from genie_dynamo.passes.semantics.carry import marked
+from genie_dynamo.passes.twice import Rewritten, rewritten
 
 MARGIN = 0.85
 """A cut must be estimated to take at most this share of the time that the best single worker takes."""
@@ -33,6 +37,10 @@ MARGIN = 0.85
 MIN_GAIN_S = 0.5e-3
 """And to win at least this much: what one more worker costs a call in messages and wake-ups."""
 
+CLIENT = "client"
+"""How a lane names the process that calls."""
+
+_DEFAULT_LATENCY_S, _DEFAULT_BYTES_PER_S = 1e-4, 1e9       # of lanes that were not measured
 
 UNEQUAL = 1.2
 """Workers that are estimated to differ by more than this are not taken one for the other."""
@@ -46,6 +54,7 @@ class WorkerFacts:
     hardware: HardwareFacts
     memory_bytes: int | None = None          # what it may hold; None: not known, no limit
     price_per_hour: float | None = None      # None: not known; min_cost needs it
+    fit: CostFit | None = None               # refined from what was observed there; None: the one that is shipped
     slowness: float = 1.0                    # how many times what is estimated it was seen to take (passes/drift.py)
 
 
@@ -72,6 +81,16 @@ class Partition:
     placement: Placement | None              # None where one worker was chosen
     pinned: bool                             # whole, but not every worker will do: some cannot, or are much slower
     split: SplitGraph | None = None          # the graph over parts of its batch, which `assign` speaks of too
+    twice: Rewritten | None = None           # the graph with ops applied on several workers, of which it speaks too
+
+    def over(self, gm: fx.GraphModule) -> fx.GraphModule:
+        """What runs in place of the graph: over parts of its batch, with ops applied twice, or itself."""
+        return self.split.gm if self.split is not None else self.twice.gm if self.twice is not None else gm
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """Node that runs -> node of the graph; what is not there is itself."""
+        return self.split.origin if self.split is not None else self.twice.origin if self.twice is not None else {}
 
 
 def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
@@ -119,12 +138,53 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
         device_of = dict.fromkeys(graph.index, best.name)
     used = [w.name for w in workers if w.name in set(device_of.values())]
     number = {name: index for index, name in enumerate(used)}
+    assign = {node: number[device] for node, device in device_of.items()}
+    seconds = {n.id: n.seconds[device_of[n.id]] or 0.0 for n in graph.nodes}
+    est_s = next(a.est_s for a in alternatives if a.chosen) or 0.0
+    twice: Rewritten | None = None
+    if use_cut:
+        there = {index: {n.id: s for n in graph.nodes if (s := n.seconds.get(name)) is not None}
+                 for name, index in number.items()}
+        twice = _rewritten(gm, facts, assign, there, lanes, used, symbol_values)
+        if twice is not None and twice.again and policy != "max_throughput":
+            # What is not sent may have travelled beside the computing: then to compute it takes longer.
+            shorter_s = _makespan_s(twice, facts, workers, lanes, used, symbol_values)
+            if shorter_s > est_s:
+                twice = rewritten(gm, facts, assign, there, None)
+    if twice is not None:
+        assign = {**assign, **twice.assign}
+        seconds.update((new, there[twice.assign[new]].get(old, 0.0)) for new, old in twice.origin.items()
+                       if not new.endswith("_kept"))
     return Partition(
-        workers=tuple(used), assign={node: number[device] for node, device in device_of.items()},
-        seconds={n.id: n.seconds[device_of[n.id]] or 0.0 for n in graph.nodes},
-        memory_bytes={n.id: n.memory_bytes for n in graph.nodes},
-        est_s=next(a.est_s for a in alternatives if a.chosen) or 0.0,
-        alternatives=tuple(alternatives), placement=placed if use_cut else None, pinned=pinned)
+        workers=tuple(used), assign=assign, seconds=seconds, memory_bytes={n.id: n.memory_bytes for n in graph.nodes},
+        est_s=est_s, alternatives=tuple(alternatives), placement=placed if use_cut else None, pinned=pinned,
+        twice=twice)
+
+
+def lane_between(lanes: Sequence[LinkFacts], names: Sequence[str]) -> Callable[[int, int], LinkFacts]:
+    """The lane between two workers by their positions; where none was measured, the slowest that was."""
+    known = {frozenset((lane.start, lane.end)): lane for lane in lanes}
+    between = [lane for lane in lanes if CLIENT not in (lane.start, lane.end)]
+    slowest = max(between, key=lambda lane: lane.transfer_s(1 << 20)) if between else LinkFacts(
+        start="", end="", latency_s=_DEFAULT_LATENCY_S, bytes_per_s=_DEFAULT_BYTES_PER_S, source="not measured")
+    return lambda start, end: known.get(frozenset((names[start], names[end])), slowest)
+
+
+def _rewritten(gm: fx.GraphModule, facts: GraphFacts, assign: Mapping[str, int],
+               seconds: Mapping[int, Mapping[str, float]], lanes: Sequence[LinkFacts], names: Sequence[str],
+               symbol_values: Mapping[str, int] | None) -> Rewritten | None:
+    client = [lane for lane in lanes if CLIENT in (lane.start, lane.end)]
+    input_link = max(client, key=lambda lane: lane.transfer_s(1 << 20)) if client else None
+    return rewritten(gm, facts, assign, seconds, lane_between(lanes, names), input_link=input_link,
+                     symbol_values=symbol_values)
+
+
+def _makespan_s(twice: Rewritten, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
+                names: Sequence[str], symbol_values: Mapping[str, int] | None) -> float:
+    graph, devices = price(twice.gm, facts, workers, lanes, symbol_values)
+    position = {device.id: index for index, device in enumerate(devices)}
+    timeline = Timeline(build_problem(graph, devices))
+    return timeline.run([position[names[twice.assign[node.id]]] for node in graph.nodes]).makespan_s
 
 
 def price(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
@@ -138,7 +198,7 @@ def price(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts],
     peak_bytes = int(analyze_costs(gm).totals(symbol_values).peak_bytes)
     devices = [_device(worker, lanes, peak_bytes) for worker in workers]
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-    fits = {w.name: fit for w in workers if (fit := shipped_fit(w.hardware.kind)) is not None}
+    fits = {w.name: fit for w in workers if (fit := w.fit or shipped_fit(w.hardware.kind)) is not None}
     plain = cost_graph(gm, devices, {w.name: w.hardware for w in workers}, symbol_values, fits=fits,
                        static_inputs=[names[i] for i in facts.static_inputs], backward=facts.kind == "backward",
                        activations=False)
@@ -152,13 +212,13 @@ def price(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts],
 
 def _device(worker: WorkerFacts, lanes: Sequence[LinkFacts], peak_bytes: int) -> Device:
     """The worker with its slowest lane to another worker. What the whole graph needs at its peak is kept free."""
-    own = [lane for lane in lanes if worker.name in (lane.start, lane.end) and "client" not in (lane.start, lane.end)]
+    own = [lane for lane in lanes if worker.name in (lane.start, lane.end) and CLIENT not in (lane.start, lane.end)]
     return Device(
         id=worker.name, kind=worker.name,
         memory_bytes=None if worker.memory_bytes is None else max(0, worker.memory_bytes - peak_bytes),
-        network_gbps=min((lane.bytes_per_s for lane in own), default=1e9) * 8 / 1e9,
+        network_gbps=min((lane.bytes_per_s for lane in own), default=_DEFAULT_BYTES_PER_S) * 8 / 1e9,
         price_per_hour=worker.price_per_hour,
-        network_latency_s=max((lane.latency_s for lane in own), default=1e-4))
+        network_latency_s=max((lane.latency_s for lane in own), default=_DEFAULT_LATENCY_S))
 
 
 def _check_prices(devices: Sequence[Device]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from genie_dynamo.core.fragment import GraphSpec, Value
+from genie_dynamo.runtime.step_times import StepTimes
 from genie_dynamo.runtime.steps import Literals, Step, clear_step, make_step, references
 
 Registers = list[Any]
@@ -60,6 +61,7 @@ class FlatPlan:
         registers, deaths, num_registers = _allocate(spec, last_use)
         literals = Literals(spec, device, extra_namespaces, first=num_registers, subgraph=self._subgraph)
         self._steps: list[Step] = []
+        self._times: StepTimes | None
         self._node_of_step: list[int] = []
         self._first_use = [_NEVER] * spec.num_inputs
         ends: list[int] = []
@@ -77,6 +79,7 @@ class FlatPlan:
             if literals.writes(node):
                 last_write = j
             self.may_write |= literals.may_write(node)
+        self._plain_steps, self._times = self._steps, None
         self._output_builders = [literals.output_builder(output, registers) for output in spec.outputs]
         self._template = [None] * (num_registers - spec.num_inputs) + literals.values
         self._literals = literals
@@ -152,6 +155,20 @@ class FlatPlan:
         finally:
             torch._C._set_grad_enabled(grad)
         return {node.name: taken_s for node, taken_s in zip(self.spec.nodes, seconds, strict=True)}
+
+    def profile(self) -> tuple[float, ...] | None:
+        """Seconds per node of `spec` in the runs since the last call, None before there were some; timed anew from now.
+
+        Only the next few runs are timed: after them the plan runs as if nobody had ever asked.
+        """
+        seconds = self._times.seconds() if self._times is not None else None
+        if self._times is None or seconds is not None:
+            self._times = StepTimes(self._plain_steps, self._node_of_step, len(self.spec.nodes), self.device,
+                                    self._use_steps)
+        return seconds
+
+    def _use_steps(self, steps: list[Step]) -> None:
+        self._steps = steps
 
     def start(self, inputs: list[Any]) -> FlatRun:
         """A run that can wait for inputs (MISSING) and be interrupted. Takes the inputs out of the list."""

@@ -10,6 +10,8 @@ import pytest
 # Before anything reads the configuration.
 os.environ.setdefault("GENIE_STRICT", "1")
 os.environ.setdefault("GENIE_NUM_THREADS", "1")
+# Estimates must not depend on what ran on this machine before.
+os.environ.setdefault("GENIE_OBSERVE", "0")
 # Starting a worker imports torch, which takes its time on a busy machine.
 os.environ.setdefault("GENIE_CONNECT_TIMEOUT_S", "120")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

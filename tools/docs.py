@@ -1,7 +1,8 @@
 """Keep the documentation true: `python tools/docs.py [--write]`.
 
 Tables of README.md that the code knows better (options, set-up variables, commands) stand between two comments and are
-written from the code. Then every Markdown file is checked: relative links lead somewhere, Python examples parse.
+written from the code; bench/results/README.md is written from the results beside it. Then every Markdown file is
+checked: relative links lead somewhere, Python examples parse.
 
 Without --write, a table that is out of date is an error and nothing is changed.
 """
@@ -20,6 +21,10 @@ from genie_dynamo.cli.main import build_parser
 from genie_dynamo.core.config import COMPILE_OPTIONS, ENV_TABLE, SETUP_TABLE, Config
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import kept  # noqa: E402 - bench is no part of what is installed
+
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
@@ -83,22 +88,29 @@ def problems_of(path: Path) -> list[str]:
 
 
 def documents() -> list[Path]:
-    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").glob("*.md")])
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "bench").rglob("*.md")])
+
+
+def generated() -> dict[Path, str]:
+    """The documents with generated parts, as they should be."""
+    readme, results = ROOT / "README.md", kept.FOLDER / "README.md"
+    return {readme: with_tables(readme.read_text()), results: kept.page()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--write", action="store_true", help="write the tables of README.md")
+    parser.add_argument("--write", action="store_true", help="write the generated tables")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    wanted = with_tables(readme.read_text())
     problems = []
-    if wanted != readme.read_text():
+    for path, wanted in generated().items():
+        if path.exists() and wanted == path.read_text():
+            continue
+        name = path.relative_to(ROOT)
         if arguments.write:
-            readme.write_text(wanted)
-            print("README.md: tables written")
+            path.write_text(wanted)
+            print(f"{name}: tables written")
         else:
-            problems.append("README.md: a generated table is out of date; run make docs")
+            problems.append(f"{name}: a generated table is out of date; run make docs")
     for path in documents():
         problems += problems_of(path)
     for problem in problems:

@@ -225,6 +225,9 @@ class Config:
     require_lane: str | None = field(default=None, metadata=_per_compile(
         _optional(_choice("zmq", "stream", "tcp", "shm", "dpdk")),
         "refuse to run when payload would use another lane"))
+    busy_poll_s: float = field(default=0.0, metadata=_per_session(
+        _number(0, 1), "how long a thread that waits for an answer over a native lane polls before it sleeps; it keeps "
+        "its core busy meanwhile"))
     dpdk_port: str | None = field(default=None, metadata=_per_session(
         _optional(_dpdk_port), "this end of the dpdk lane: memif, af_packet:INTERFACE, af_xdp:INTERFACE, pci:ADDRESS"))
     qos: str | None = field(default=None, metadata=_per_compile(
@@ -245,6 +248,8 @@ class Config:
     resident_quota_gib: float | None = field(default=None, metadata=_per_session(
         _optional(_number(0, 1e6, above=True)),
         "GiB that a session may keep on an embedded worker (None: 60 % of its memory limit)"))
+    observe: bool = field(default=True, metadata=_per_session(
+        _boolean, "time the ops of placed graphs now and then, and keep the times for estimates to come"))
     progress: Progress = field(default="auto", metadata=_per_session(
         _choice("auto", "on", "off"), "progress bars: on a terminal, always, never"))
     workers: int | tuple[str, ...] | None = field(default=None, metadata=_per_session(

@@ -22,3 +22,6 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+QUOTA_SHARE = 0.6
+"""How much of the memory limit one session may keep; the rest is for what runs need meanwhile."""

@@ -224,6 +224,14 @@ class Land(NamedTuple):
     tensor: tuple[Any, ...]
 
 
+class Profile(NamedTuple):
+    """Client -> worker: the times of a program's nodes in its latest runs, and take them in its next ones. Answered by
+    Done(((seconds per node, ...) or None where they have not run yet, per fragment))."""
+
+    request: int
+    program_id: int
+
+
 class Ping(NamedTuple):
     """Client -> worker: keeps the session's lease. Not answered."""
 
@@ -236,12 +244,12 @@ class Bye(NamedTuple):
 
 Message = (
     Hello | Welcome | Load | Have | Put | Adopt | Run | Partial | Result | Failure | Done | Push | Cancel | Free
-    | Drop | Fetch | Stats | Ping | Bye | Calibrate | Echo | Probe | Move | Land
+    | Drop | Fetch | Stats | Ping | Bye | Calibrate | Echo | Probe | Move | Land | Profile
 )
 
 _TYPES: tuple[type[Any], ...] = (
     Hello, Welcome, Load, Have, Put, Adopt, Run, Partial, Result, Failure, Done, Push, Cancel, Free, Drop, Fetch,
-    Stats, Ping, Bye, Calibrate, Echo, Probe, Move, Land,
+    Stats, Ping, Bye, Calibrate, Echo, Probe, Move, Land, Profile,
 )
 _TAG_OF: dict[type[Any], int] = {cls: tag for tag, cls in enumerate(_TYPES)}
 _NUMBER = (int, float)

@@ -4,6 +4,7 @@ Parquet needs pyarrow (`pip install 'genie-dynamo[costs]'`); without it nothing 
 """
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -37,34 +38,44 @@ class Observation:
     count: int = 1           # nodes that this row stands for
 
 
+def to_parquet(observations: Sequence[Observation]) -> bytes:
+    """Rows as the content of a file. Raises: ConfigError without pyarrow."""
+    arrow, parquet = _pyarrow()
+    kinds = {str: arrow.string(), int: arrow.int64(), float: arrow.float64()}
+    schema = arrow.schema([(name, kinds[kind]) for name, kind in _TYPES.items()], {b"genie_observations": _VERSION})
+    content = io.BytesIO()
+    parquet.write_table(arrow.Table.from_pylist([asdict(row) for row in observations], schema=schema), content)
+    return content.getvalue()
+
+
 def write_parquet(path: Path, observations: Sequence[Observation]) -> None:
     """Write rows to a file, replacing it in one step.
 
     Raises: ConfigError without pyarrow.
     """
-    arrow, parquet = _pyarrow()
-    kinds = {str: arrow.string(), int: arrow.int64(), float: arrow.float64()}
-    schema = arrow.schema([(name, kinds[kind]) for name, kind in _TYPES.items()], {b"genie_observations": _VERSION})
-    table = arrow.Table.from_pylist([asdict(row) for row in observations], schema=schema)
+    content = to_parquet(observations)
     temporary = path.with_name(f".{path.name}.part")
-    parquet.write_table(table, temporary)
+    temporary.touch(mode=0o600)
+    temporary.write_bytes(content)
     temporary.chmod(0o600)
     temporary.replace(path)
 
 
-def read_parquet(path: Path) -> tuple[Observation, ...]:
-    """Rows of a file of any origin.
+def read_parquet(path: Path | bytes) -> tuple[Observation, ...]:
+    """Rows of a file of any origin, or of its content.
 
     Raises: ConfigError without pyarrow; CostError where the file is not what write_parquet writes, names the column.
     """
     arrow, parquet = _pyarrow()
+    name = path if isinstance(path, Path) else Path("kept observations")
     try:
-        file = parquet.ParquetFile(path, memory_map=False, thrift_string_size_limit=1 << 20)
-        _check_schema(path, file)
+        source = path if isinstance(path, Path) else arrow.BufferReader(path)
+        file = parquet.ParquetFile(source, memory_map=False, thrift_string_size_limit=1 << 20)
+        _check_schema(name, file)
         rows = file.read(use_threads=False).to_pylist()
     except (arrow.ArrowException, OSError) as error:
-        raise CostError(f"{path} cannot be read as Parquet: {error}", path=str(path)) from error
-    return tuple(Observation(**_checked(path, row)) for row in rows)
+        raise CostError(f"{name} cannot be read as Parquet: {error}", path=str(name)) from error
+    return tuple(Observation(**_checked(name, row)) for row in rows)
 
 
 def _check_schema(path: Path, file: Any) -> None:
@@ -95,11 +106,12 @@ def _pyarrow() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def merge(old: Iterable[Observation], new: Iterable[Observation]) -> tuple[Observation, ...]:
-    """Old and new rows; of rows about the same op, size and device the newer stays. At most MAX_ROWS, the newest."""
+def merge(old: Iterable[Observation], new: Iterable[Observation],
+          max_rows: int = MAX_ROWS) -> tuple[Observation, ...]:
+    """Old and new rows; of rows about the same op, size and device the newer stays. At most max_rows, the newest."""
     rows: dict[Any, Observation] = {}
     for row in (*old, *new):
         key = (row.model, row.machine, row.num_threads, row.op, row.dtype, row.flops, row.bytes_moved)
         rows.pop(key, None)
         rows[key] = row
-    return tuple(rows.values())[-MAX_ROWS:]
+    return tuple(rows.values())[-max_rows:]

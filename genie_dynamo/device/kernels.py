@@ -20,7 +20,6 @@ from genie_dynamo.device import engine as engines
 from genie_dynamo.device.memory import (
     Memory,
     alias_of,
-    create,
     fresh,
     is_ours,
     lazy_bits,
@@ -28,11 +27,11 @@ from genie_dynamo.device.memory import (
     new_tensor,
     new_view,
     read,
-    reference,
+    recorded,
     storage_of,
     write,
 )
-from genie_dynamo.device.nodes import Call, Layout, Node, item_of, layout
+from genie_dynamo.device.nodes import Call, Layout, Node, item_of, layout, layout_of
 from genie_dynamo.device.record import (
     TENSOR,
     DataDependentError,
@@ -67,57 +66,91 @@ def functional(target: OpOverload) -> Kernel:
         call = calls.get(key) or own.call(key, args, kwargs, inputs)
         if len(fresh) > engines.CUT_OPS:
             engine.maybe_cut(call)
-        if call.single is not None and not call.random:
-            return new_tensor(Node(call, tuple(inputs), tuple(scalars), call.single))
-        return outputs_of(own, call, inputs, scalars)
+        if call.single is None or call.random:
+            return outputs_of(own, call, inputs, scalars)
+        return recorded(call, tuple(inputs), tuple(scalars))
 
-    two = own.kinds[:2] == (TENSOR, TENSOR) and len(own.kinds) <= 3
-    if two and len(target._schema.returns) == 1 and not own.random:
-        return _binary(kernel)
+    if len(target._schema.returns) == 1 and not own.random:
+        if own.kinds[:2] == (TENSOR, TENSOR) and len(own.kinds) <= 3:
+            return _binary(kernel)
+        if own.kinds == (TENSOR,):
+            return _unary(kernel)
+    return kernel
+
+
+def _unary(general: Kernel) -> Kernel:
+    """The same kernel, quicker for a tensor and nothing else."""
+    found: dict[Any, Call] = {}
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and len(fresh) <= engines.CUT_OPS:
+            try:
+                node = storage_of(args[0]).genie
+                if type(node) is not Node:
+                    node = node.node if node.plain else read(args[0], node)
+                call = found[node.layout]
+            except _NOT_QUICK:
+                pass
+            else:
+                return recorded(call, (node,), ())
+        result = general(*args, **kwargs)
+        made: Any = storage_of(result).genie if isinstance(result, Tensor) else None
+        if type(made) is Node and made.call is not None and made.call.single is not None and len(made.inputs) == 1:
+            if len(found) > MAX_KNOWN:
+                found.clear()
+            found[made.inputs[0].layout] = made.call
+        return result
+
     return kernel
 
 
 def _binary(general: Kernel) -> Kernel:
-    """The same kernel, quicker for two tensors that nobody has looked at otherwise, and nothing else."""
-    found: dict[tuple[Any, Any], Any] = {}
+    """The same kernel, quicker for two tensors, or a tensor and a number, and nothing else."""
+    found: dict[tuple[Any, Any], Call] = {}
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if len(args) == 2 and not kwargs:
             try:
-                a, second = storage_of(args[0]).genie, args[1]
-                inputs: tuple[Any, ...]
-                scalars: tuple[Any, ...] = ()
-                if type(second) is float:
-                    call, inputs, scalars = found[a.layout, float], (a,), (second,)
-                else:
-                    b = storage_of(second).genie
-                    call, inputs = found[a.layout, b.layout], (a, b)
-            except (AttributeError, KeyError, RuntimeError, TypeError):
+                call, inputs, scalars = _pair(found, *args)
+            except _NOT_QUICK:
                 pass
             else:
                 if len(fresh) <= engines.CUT_OPS:
-                    out = call.single
-                    node = Node(call, inputs, scalars, out)
-                    tensor = create(out.shape, out.dtype)
-                    if not out.contiguous:
-                        tensor = alias_of(tensor, out.shape, out.stride, 0)
-                    storage = storage_of(tensor)
-                    storage.genie = node
-                    fresh.append(reference(storage))
-                    return tensor
+                    return recorded(call, inputs, scalars)
         result = general(*args, **kwargs)
-        if not isinstance(result, Tensor):
-            return result
-        made: Any = storage_of(result).genie
-        if len(args) == 2 and not kwargs and isinstance(args[0], Tensor) and made.inputs:
-            kinds = tuple([made.inputs[0].layout, *[n.layout for n in made.inputs[1:]], *map(type, made.scalars)])
-            if made.call.single is not None and len(kinds) == 2 and len(made.inputs) + len(made.scalars) == 2:
-                if len(found) > MAX_KNOWN:
-                    found.clear()
-                found[kinds] = made.call
+        if len(args) == 2 and not kwargs and isinstance(result, Tensor):
+            _remember(found, storage_of(result).genie)
         return result
 
     return kernel
+
+
+_NOT_QUICK = (AttributeError, KeyError, RuntimeError, TypeError)
+"""What _pair raises where it is not for the arguments, or not yet."""
+
+
+def _pair(found: dict[tuple[Any, Any], Call], first: Any, second: Any) -> tuple[Call, tuple[Any, ...], tuple[Any, ...]]:
+    """The call that is known for a tensor and another, or a number; its inputs and its scalars."""
+    a = storage_of(first).genie
+    if type(a) is not Node:
+        a = a.node if a.plain else read(first, a)
+    kind = type(second)
+    if kind is float or kind is int:
+        return found[a.layout, kind], (a,), (second,)
+    b = storage_of(second).genie
+    if type(b) is not Node:
+        b = b.node if b.plain else read(second, b)
+    return found[a.layout, b.layout], (a, b), ()
+
+
+def _remember(found: dict[tuple[Any, Any], Call], made: Any) -> None:
+    """Let _pair know the call of a node that was made of a pair."""
+    if type(made) is Node and made.call is not None and made.call.single is not None:
+        kinds = (*[node.layout for node in made.inputs], *map(type, made.scalars))
+        if len(kinds) == 2 and made.inputs:
+            if len(found) > MAX_KNOWN:
+                found.clear()
+            found[kinds] = made.call
 
 
 def outputs_of(own: Op, call: Call, inputs: Sequence[Node], scalars: Sequence[Any]) -> Any:
@@ -150,13 +183,25 @@ def view(target: OpOverload) -> Kernel:
     """The kernel of a view op: its first argument is what is viewed."""
     own = Op(target, views=True)
     gather, calls = own.gather, own.calls
+    found: dict[Any, Layout] = {}          # (layout, other arguments) -> layout of the view, for those without tensors
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        key, inputs, scalars = gather(args, kwargs)
-        call = calls.get(key) or own.call(key, args, kwargs, inputs)
         tensor = args[0]
         memory = memory_of(tensor)
         assert memory is not None
+        quick: Any = None
+        if not kwargs and not lazy_bits[0]:
+            seen = memory.node.layout if memory.plain else layout_of(tensor)
+            quick = (seen, *[tuple(a) if type(a) is list else a for a in args[1:]])
+            out = found.get(quick)
+            if out is not None and memory.views is not None and out in memory.views:
+                return alias_of(tensor, out.shape, out.stride, out.offset, out.dtype)     # and how to read it is known
+        key, inputs, scalars = gather(args, kwargs)
+        call = calls.get(key) or own.call(key, args, kwargs, inputs)
+        if quick is not None and call.single is not None and len(inputs) == 1:
+            if len(found) > MAX_KNOWN:
+                found.clear()
+            found[quick] = call.single
         if lazy_bits[0] and (tensor.is_conj() or tensor.is_neg()):
             return _lazy_view(target, tensor, memory, call)
         if call.single is not None:
@@ -187,6 +232,8 @@ class Mutation:
         self._drops = twin.drops
         self._known: dict[Any, Call] = {}
         """Calls that change `self` in place and nothing else, and were found to be right: only to be recorded."""
+        self.pairs: dict[tuple[Any, Any], Call] = {}
+        """The commonest of them, see _pair."""
         needed = {a.name for a in twin.target._schema.arguments if not a.has_default_value()}
         self._defaults = {a.name: a.default_value for a in target._schema.arguments
                           if a.has_default_value() and a.name in needed}
@@ -202,6 +249,8 @@ class Mutation:
                     engine.maybe_cut(known)
                 node = self.op.node(known, inputs, scalars)
                 if known.single is not None:
+                    if len(args) == 2 and not kwargs and not known.random:
+                        _remember(self.pairs, node)
                     write(args[0], node)
                     return args[0]
                 for tensor, (path, out) in zip(args[0], known.outs, strict=True):
@@ -314,7 +363,16 @@ def mutation(target: OpOverload) -> Kernel | None:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if not made:
             made.append(Mutation(target, twin))
-        return made[0](*args, **kwargs)
+        general = made[0]
+        if len(args) == 2 and not kwargs and len(fresh) <= engines.CUT_OPS:
+            try:
+                call, inputs, scalars = _pair(general.pairs, *args)
+            except _NOT_QUICK:
+                pass
+            else:
+                write(args[0], Node(call, inputs, scalars, call.single))
+                return args[0]
+        return general(*args, **kwargs)
 
     return kernel
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch._C import DispatchKey
 
-from genie_dynamo.device.nodes import Layout, Node, layout, layout_of
+from genie_dynamo.device.nodes import Call, Layout, Node, layout, layout_of
 
 Tensor = torch.Tensor
 
 storage_of: Any = torch.Tensor.untyped_storage
 create = torch._C._acc.create_empty_tensor
 reference = weakref.ref
+_new: Any = object.__new__
 _shifted: Any = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
 
 _MAX_VIEWS = 64
@@ -77,6 +78,24 @@ def new_tensor(node: Node) -> Tensor:
     return tensor
 
 
+def recorded(call: Call, inputs: tuple[Node, ...], scalars: tuple[Any, ...]) -> Tensor:
+    """A tensor that holds what the call gives, which is one tensor: `new_tensor(Node(...))` without the calls."""
+    out: Any = call.single
+    node = _new(Node)
+    node.call = call
+    node.inputs = inputs
+    node.scalars = scalars
+    node.layout = out
+    node.value = None
+    tensor: Tensor = create(out.shape, out.dtype)
+    if not out.contiguous:
+        tensor = _shifted(tensor, out.shape, out.stride, 0)
+    storage: Any = storage_of(tensor)
+    storage.genie = node
+    fresh.append(reference(storage))
+    return tensor
+
+
 def new_view(tensor: Tensor, memory: Memory, node: Node) -> Tensor:
     """A tensor over the same storage, whose value `node` reads out of the current one."""
     out = node.layout
@@ -90,10 +109,11 @@ def new_view(tensor: Tensor, memory: Memory, node: Node) -> Tensor:
 
 def memory_of(tensor: Tensor) -> Memory | None:
     """The memory of a tensor of the device; None for any other."""
-    if tensor.layout is not torch.strided:
+    try:
+        storage: Any = storage_of(tensor)
+        found = storage.genie
+    except (AttributeError, NotImplementedError, RuntimeError):       # no storage, or of another device
         return None
-    storage: Any = storage_of(tensor)
-    found = getattr(storage, "genie", None)
     if type(found) is Node:
         found = storage.genie = Memory(storage, found)
     return found
@@ -147,14 +167,14 @@ def _resolve(tensor: Tensor, node: Node) -> Node:
 
 def write(tensor: Tensor, value: Node) -> None:
     """Give the tensor, and so every view of its memory, new content: `value`, cast and broadcast as copy_ does."""
-    from genie_dynamo.device.record import as_strided, copied, record, scattered
-
     storage: Any = storage_of(tensor)
     found = storage.genie
     if type(found) is Node and value.layout is found.layout:
         storage.genie = value
         fresh.append(reference(storage))
         return
+    from genie_dynamo.device.record import as_strided, copied, record, scattered
+
     memory = memory_of(tensor)
     assert memory is not None
     own = memory.node.layout

@@ -31,9 +31,10 @@ def patch_modules(name: str) -> None:
 
 def _crosses(module: torch.nn.Module, fn: Callable[..., Any], name: str) -> bool:
     """Whether the module is on the device and leaves it, or the other way round."""
+    is_lazy: Callable[[Any], bool] = torch.nn.parameter.is_lazy
     for parameter in module.parameters():
-        if isinstance(parameter, torch.nn.parameter.UninitializedTensorMixin):
-            continue           # a lazy module's, which has no shape yet
+        if is_lazy(parameter):
+            continue           # it has no shape yet
         probe = parameter.detach()[:0] if parameter.dim() else parameter.detach()
         try:
             moved = fn(probe)

@@ -63,8 +63,8 @@ def layout(shape: Sequence[int], stride: Sequence[int], offset: int, dtype: torc
 
 def layout_of(tensor: Tensor) -> Layout:
     """A tensor's layout."""
-    offset: Any = tensor.storage_offset()
-    return layout(tensor.shape, tensor.stride(), offset, tensor.dtype)
+    key: Any = (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
+    return _layouts.get(key) or layout(*key)
 
 
 class Slot:

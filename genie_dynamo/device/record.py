@@ -89,7 +89,9 @@ class Op:
         return tuple(key), inputs, scalars
 
     def _take(self, value: Any, kind: str, key: list[Any], inputs: list[Node], scalars: list[Any]) -> None:
-        if type(value) is Node:
+        if kind is NUMBER and type(value) in (int, list, tuple):
+            key.append(value if type(value) is int else tuple(value))
+        elif type(value) is Node:
             inputs.append(value)
             key.append(value.layout)
         elif isinstance(value, Tensor):
@@ -157,9 +159,9 @@ class Op:
 
     def node(self, call: Call, inputs: Sequence[Node], scalars: Sequence[Any]) -> Node:
         """The node of a call."""
-        from genie_dynamo.device import engine
-
         if call.random:
+            from genie_dynamo.device import engine
+
             return engine.current.random_node(call, inputs, scalars)
         return Node(call, tuple(inputs), tuple(scalars), call.single)
 

@@ -28,6 +28,7 @@ _KINDS = ("matrix", "dispatch", "other")
 _DISPATCH = frozenset({"view", "scalar", "empty"})
 _PRIOR_ROWS = 2.0
 _LEAST_SHARE = 1.0
+_DOUBT_ROWS = 0.5           # of rows that say that a fit is off by a factor
 _ROUNDS = 6
 _MAX_COUNT = 8.0            # nodes that do the same were seen in one run: they say less than as many different ones
 _OUTLIER = 0.5              # a row further off than this share of its time counts less
@@ -94,6 +95,54 @@ def fit_costs(observations: Iterable[Observation], hardware: HardwareFacts) -> C
         chosen = names == op
         ops[op] = _solve(design[chosen], seconds[chosen], counts[chosen], fitted[str(families[chosen][0])])
     return CostFit(ops=ops, families=fitted, kinds=kinds, num_rows=len(rows))
+
+
+def refine(fit: CostFit | None, observations: Iterable[Observation], hardware: HardwareFacts) -> CostFit | None:
+    """A fit corrected for the ops that were observed on this hardware; what was not keeps its coefficients.
+
+    Rows of other hardware, and of dtypes that it has no rate for, are left out. None: no fit, and no rows for one.
+    """
+    rows = [row for row in observations if row.machine == hardware.name and row.num_threads == hardware.num_threads
+            and row.seconds > 0 and row.count > 0 and _has_rate(row, hardware)]
+    if not rows:
+        return fit
+    if fit is None:
+        return fit_costs(rows, hardware)
+    ops = dict(fit.ops)
+    by_op: dict[tuple[str, str], list[Observation]] = {}
+    for row in rows:
+        by_op.setdefault((row.op, row.family), []).append(row)
+    for (op, family), own in by_op.items():
+        design, seconds = np.array([_terms(row, hardware) for row in own]), np.array([row.seconds for row in own])
+        counts = np.array([float(row.count) for row in own])
+        believed = _scaled(fit.coefficients(op, family), design, seconds, counts)
+        ops[op] = _solve(design, seconds, counts, believed)
+    return CostFit(ops=ops, families=fit.families, kinds=fit.kinds, num_rows=fit.num_rows + len(rows))
+
+
+def _scaled(prior: Coefficients, design: Array, seconds: Array, counts: Array) -> Coefficients:
+    """The prior times what the rows say it is off by, less so where they are few.
+
+    Without it rows that a prior misses by far would be taken for disturbed ones.
+    """
+    estimate = design @ np.array(prior)
+    seen = estimate > 0
+    if not seen.any():
+        return prior
+    weights = np.minimum(counts[seen], _MAX_COUNT)
+    ratios = np.log(seconds[seen] / estimate[seen])
+    order = np.argsort(ratios)
+    middle = int(np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2))
+    factor = math.exp(float(ratios[order][middle]) * float(weights.sum() / (weights.sum() + _DOUBT_ROWS)))
+    return prior[0] * factor, prior[1] * factor, prior[2] * factor
+
+
+def _has_rate(row: Observation, hardware: HardwareFacts) -> bool:
+    try:
+        _terms(row, hardware)
+    except CostError:
+        return False
+    return True
 
 
 def _terms(row: Observation, hardware: HardwareFacts) -> tuple[float, float, float]:

@@ -182,14 +182,16 @@ def _writes(node: fx.Node) -> bool:
 # ---------------------------------------------------------------- in forward graphs
 def duplicates(gm: fx.GraphModule, worker_of: Mapping[str, int], seconds: Mapping[int, Mapping[str, float]],
                link: Callable[[int, int], LinkFacts], *, input_link: LinkFacts | None = None,
-               symbol_values: Mapping[str, int] | None = None) -> dict[int, tuple[str, ...]]:
+               symbol_values: Mapping[str, int] | None = None,
+               stays: Collection[str] = ()) -> dict[int, tuple[str, ...]]:
     """Nodes that a worker should compute itself rather than receive from another.
 
     Args:    worker_of: node name -> worker, a complete placement.  seconds: worker -> node name -> seconds there.
              link: (from, to) -> the way between two workers.  input_link: from where the graph's inputs are to a
              worker that none of its own nodes gives a reason to have them; None: they are not brought for this.
-    Returns: worker -> names of nodes to run there too, in order.
-    Raises:  KeyError for a node without a worker or a time.
+             stays: inputs that are never brought for this: weights.
+    Returns: worker -> names of nodes to run there too, in order. A node without a time on a worker is not run there.
+    Raises:  KeyError for a node without a worker.
     """
     size = _bytes(gm, analyze_costs(gm), symbol_values)
     written = {a for node in gm.graph.nodes if _writes(node) for a in node.all_input_nodes}
@@ -202,13 +204,16 @@ def duplicates(gm: fx.GraphModule, worker_of: Mapping[str, int], seconds: Mappin
 
         def bring(node: fx.Node, worker: int = worker, wanted: Collection[fx.Node] = wanted) -> float:
             if node.op == "placeholder":
-                far = input_link.transfer_s(_input_bytes(node)) if input_link is not None else NEVER
-                return 0.0 if node in wanted else far
+                if node in wanted:
+                    return 0.0
+                if input_link is None or node.name in stays:
+                    return NEVER
+                return input_link.transfer_s(_input_bytes(node))
             return link(worker_of[node.name], worker).transfer_s(size[node]) if node in size else NEVER
 
         def again(node: fx.Node, worker: int = worker) -> float:
             safe = _may_run_again(node) and not any(a in written for a in node.all_input_nodes)
-            return seconds[worker][node.name] if safe else NEVER
+            return seconds[worker].get(node.name, NEVER) if safe else NEVER
 
         chosen = values_to_recompute(others, [node for node in others if node in wanted], bring, again)
         if chosen:

@@ -38,6 +38,13 @@ def size_bytes(tensor: torch.Tensor) -> Size:
     return numel(tensor) * tensor.dtype.itemsize
 
 
+def hinted_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of all elements for the sizes of the call that is being compiled."""
+    sizes: tuple[Any, ...] = tuple(tensor.shape)
+    count = product(size if isinstance(size, int) else size.node.hint or 1 for size in sizes)
+    return int(count) * tensor.dtype.itemsize
+
+
 def touched_bytes(tensor: torch.Tensor) -> Size:
     """Bytes of memory behind the elements: a dimension of stride 0 (expand) is read once."""
     if tensor.layout is not torch.strided:

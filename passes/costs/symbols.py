@@ -31,6 +31,11 @@ class SymbolBinding:
                     seen.add(name := str(size.node.expr))
                     self._dims.append((name, position, dim))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The symbols that inputs have."""
+        return tuple([name for name, _ in self._ints] + [name for name, *_ in self._dims])
+
     def __call__(self, inputs: Sequence[Any]) -> Mapping[str, int]:
         """Symbol values of one call of the graph."""
         values = {name: int(inputs[position]) for name, position in self._ints}

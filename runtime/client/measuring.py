@@ -1,18 +1,23 @@
 """Asks workers what they can do, and times the ways to them and between them."""
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import ProtocolError
+from genie_dynamo.core.fragment import decode
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
+from genie_dynamo.core.program import WorkerProgram
 from genie_dynamo.runtime.client.connection import Connection, to_error
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
+
+T = TypeVar("T")
 
 ECHOES = 5
 SMALL_BYTES = 1 << 10
@@ -57,6 +62,26 @@ def links_among(workers: Sequence[WorkerLink], timeout_s: float) -> tuple[LinkFa
     return tuple(found)
 
 
+def node_seconds_of(link: WorkerLink, program: WorkerProgram, timeout_s: float) -> dict[str, float]:
+    """Seconds by node of a program's runs since the last time this was asked; its next few runs are timed.
+
+    Raises: ProtocolError where the answer does not fit the program; what the worker reports.
+    """
+    info = _info_of(link.ask(lambda request: m.Profile(request, program.program_id), timeout_s), link.address, tuple)
+    if len(info) != len(program.fragments):
+        raise ProtocolError(f"{link.address} has times of {len(info)} fragments, {len(program.fragments)} are loaded")
+    found: dict[str, float] = {}
+    for times, fragment in zip(info, program.fragments, strict=True):
+        if times is None:
+            continue
+        names = [node.name for node in decode(fragment.spec).nodes]
+        if type(times) is not tuple or len(times) != len(names) or not all(
+                type(t) is float and math.isfinite(t) and t >= 0 for t in times):
+            raise ProtocolError(f"{link.address} answered with times that do not fit fragment {fragment.fragment_id}")
+        found.update(zip(names, times, strict=True))
+    return found
+
+
 def _echo(connection: Connection, session: bytes, size_bytes: int, deadline_s: float) -> float:
     """Seconds of the fastest round trip."""
     lane, best_s = ZmqFrames(), float("inf")
@@ -86,6 +111,10 @@ def _facts(start: str, end: str, small_s: float, large_s: float, size_bytes: int
 
 
 def _info(answer: m.Message, address: str) -> dict[str, Any]:
-    if not isinstance(answer, m.Done) or not isinstance(answer.info, dict):
+    return _info_of(answer, address, dict)
+
+
+def _info_of(answer: m.Message, address: str, kind: type[T]) -> T:
+    if not isinstance(answer, m.Done) or not isinstance(answer.info, kind):
         raise ProtocolError(f"{address} answered a measurement with {type(answer).__name__}")
     return answer.info

@@ -50,9 +50,10 @@ class LaneChoice:
 
 
 def negotiate(connection: Connection, welcome: m.Welcome, choice: LaneChoice, token: bytes, lease_s: float,
-              timeout_s: float, require: str | None) -> None:
+              timeout_s: float, require: str | None, spin_s: float = 0.0) -> None:
     """Open the best way that works; `choice` keeps what is found, and which lanes are not to be tried again.
 
+    Args:   spin_s: how long who waits for an answer over a native lane polls before it sleeps.
     Raises: LaneUnavailableError where the required one does not work.
     """
     decided = choice.name
@@ -61,7 +62,7 @@ def negotiate(connection: Connection, welcome: m.Welcome, choice: LaneChoice, to
     for name, version, address in offers_of(welcome, connection.address) if native.module() is not None else ():
         if name in choice.refused or (require is not None and name != require):
             continue
-        why_not = _try(connection, welcome, name, version, address, token, lease_s, timeout_s)
+        why_not = _try(connection, welcome, name, version, address, token, lease_s, timeout_s, spin_s)
         if why_not:
             log.info("worker at %s: no %s lane: %s", connection.address, name, why_not)
             choice.refused[name] = why_not
@@ -102,12 +103,12 @@ def offers_of(welcome: m.Welcome, address: str) -> Offers:
 
 
 def _try(connection: Connection, welcome: m.Welcome, name: str, version: int, address: str, token: bytes,
-         lease_s: float, timeout_s: float) -> str:
+         lease_s: float, timeout_s: float, spin_s: float) -> str:
     """Open and prove one lane; why it cannot be used, or nothing."""
     if version != native.lane_version():
         return f"the worker speaks version {version} of it, this client {native.lane_version()}"
     try:
-        end = connect_native(name, address, min(timeout_s, PROOF_TIMEOUT_S), POLL_MS / 1000)
+        end = connect_native(name, address, min(timeout_s, PROOF_TIMEOUT_S), POLL_MS / 1000, spin_s)
     except OSError as error:
         return str(error)
     try:

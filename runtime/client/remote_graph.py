@@ -79,6 +79,20 @@ class RemoteGraph:
         programs = [b for binding in part.bindings.values() for b in binding.programs.values()] if part else []
         return {b.link.name: b.last_compute_s for b in programs if b.last_compute_s is not None}
 
+    def node_seconds(self, session: Session, timeout_s: float = 10.0) -> dict[str, dict[str, float]]:
+        """Seconds of nodes by worker, in runs since the last time this was asked; the next few runs are timed.
+
+        A fragment that has not run since, or runs as Inductor's code, is left out. Raises: WorkerError.
+        """
+        part = self._per_session.get(session)
+        found: dict[str, dict[str, float]] = {}
+        for binding in list(part.bindings.values()) if part else []:
+            for bound in binding.programs.values():
+                if not bound.link.lost:
+                    times = session.profile(bound.link, bound.program, timeout_s)
+                    found.setdefault(bound.link.name, {}).update(times)
+        return found
+
     def _verified(self, session: Session, part: SessionPart, args: list[Any], started_s: float) -> tuple[Any, ...]:
         stale.bring_home()
         expected = run_reference(self._run_local, materialize(args, self._get_session))

@@ -19,9 +19,10 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import GenieError, SessionClosedError, WorkerError, WorkerLostError
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
+from genie_dynamo.core.program import WorkerProgram
 from genie_dynamo.runtime.client import stale
 from genie_dynamo.runtime.client.connection import STREAM_GRACE_S, beside, to_error
-from genie_dynamo.runtime.client.measuring import hardware_of, links_among
+from genie_dynamo.runtime.client.measuring import hardware_of, links_among, node_seconds_of
 from genie_dynamo.runtime.client.residency import Residency
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.cluster import WorkerAddress
@@ -184,6 +185,11 @@ class Session:
         with self._inside() as links:
             return links_among(links, timeout_s)
 
+    def profile(self, link: WorkerLink, program: WorkerProgram, timeout_s: float = 10.0) -> dict[str, float]:
+        """Seconds by node of a loaded program, where it has run since this was last asked. Raises: WorkerError."""
+        with self._inside():
+            return node_seconds_of(link, program, timeout_s)
+
     @contextmanager
     def _inside(self) -> Iterator[list[WorkerLink]]:
         """The workers that live. `close` waits until this thread has left (see _settle)."""
@@ -298,7 +304,7 @@ class Session:
             security=self._security, token=self.token,
             lease_s=0.0 if embedded is not None else self.config.session_lease_s,
             timeout_s=timeout_s or self.config.connect_timeout_s, why_lost=self._why_lost,
-            require_lane=self.config.require_lane,
+            require_lane=self.config.require_lane, busy_poll_s=self.config.busy_poll_s,
             # The end of an embedded worker is seen at once, that of another by its heartbeat.
             grace_s=STREAM_GRACE_S if embedded is not None else (
                 self.config.heartbeat_timeout_s + 2 * self.config.heartbeat_interval_s))

@@ -133,7 +133,7 @@ class StateRules:
         key = full_key(tensor, version)
         if entry.key == key:
             if entry.habit is not None:
-                entry.habit.comes_back = True
+                entry.habit.came_back()
             if entry.acked.get(link.key) == entry.epoch:
                 return (m.HELD, entry.tensor_id, entry.epoch)
             if entry.acked and tensor.nbytes >= MIN_STATE_BYTES and move(session, entry, tensor, link):
@@ -191,7 +191,7 @@ class StateRules:
                 or entry.acked.get(link.key) != entry.epoch or not is_dense(base.shape, base.stride()):
             return None
         if entry.habit is not None:
-            entry.habit.comes_back = True
+            entry.habit.came_back()
         view = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset() - base.storage_offset())
         return (m.HELD, entry.tensor_id, entry.epoch, view)
 

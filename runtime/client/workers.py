@@ -25,7 +25,8 @@ class WorkerLink:
 
     def __init__(self, *, name: str, address: str, server_key: bytes | None, embedded: EmbeddedWorker | None,
                  context: zmq.Context[Any], security: Security, token: bytes, lease_s: float, timeout_s: float,
-                 why_lost: Callable[[WorkerLink], str | None], grace_s: float, require_lane: str | None = None) -> None:
+                 why_lost: Callable[[WorkerLink], str | None], grace_s: float, require_lane: str | None = None,
+                 busy_poll_s: float = 0.0) -> None:
         self.name = name
         self.address = address
         self.server_key = server_key
@@ -40,6 +41,7 @@ class WorkerLink:
         self._security = security
         self.lane = LaneChoice()
         self._require_lane = require_lane
+        self._busy_poll_s = busy_poll_s
         self._hello = (token, lease_s, {"client": name}, timeout_s)
         self._why_lost = why_lost
         self._grace_s = grace_s
@@ -113,7 +115,7 @@ class WorkerLink:
 
     def _negotiate(self, connection: Connection, welcome: m.Welcome) -> None:
         token, lease_s, _, timeout_s = self._hello
-        negotiate(connection, welcome, self.lane, token, lease_s, timeout_s, self._require_lane)
+        negotiate(connection, welcome, self.lane, token, lease_s, timeout_s, self._require_lane, self._busy_poll_s)
 
     def lane_lost(self, name: str, reason: str) -> None:
         """A lane broke while the worker lives: new connections take the next best one."""

@@ -171,6 +171,10 @@ class Engine:
     def is_small(self, loaded: LoadedProgram) -> bool:
         return loaded.small is not None
 
+    def profile(self, loaded: LoadedProgram) -> tuple[tuple[float, ...] | None, ...]:
+        """Node seconds of the last timed runs of each fragment, and begin to take them anew."""
+        return tuple([fragment.plan.profile() for fragment in loaded.fragments])
+
     # -- running ----------------------------------------------------------------------------------------------
 
     def run_now(self, loaded: LoadedProgram, env: dict[int, Any],

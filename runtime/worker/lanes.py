@@ -94,9 +94,10 @@ class Lanes:
         self._by_name: dict[bytes, _Client] = {}
         self._to_arm: set[_Client] = set()
         self._more: set[_Client] = set()
-        self._answered: _Client | None = None     # the last one, until something comes
+        self._answered: _Client | None = None     # the last one
         self._answered_s = 0.0
-        self._brisk = False                       # what came last came soon after an answer
+        self._lingered = True                     # since then
+        self._brisk = False                       # what came last came soon after an answer, and from the same client
         self._may_linger = len(os.sched_getaffinity(0)) > 1
         for fd in self._listeners:
             poller.register(fd, select.EPOLLIN)
@@ -116,12 +117,13 @@ class Lanes:
             self._accept(self._listeners[fd])
 
     def linger(self) -> None:
-        """After an answer, wait awake for the same client's next message where the last one came as soon.
+        """After an answer, wait awake for the same client's next message where its last one came as soon.
 
         To wake a sleeping core takes longer than a small run, and what runs then finds its caches cold.
         """
-        client, self._answered = self._answered, None
-        if client is None or self._more or not (self._brisk and self._may_linger) or client.name not in self._by_name:
+        client, lingered, self._lingered = self._answered, self._lingered, True
+        if client is None or lingered or self._more or not (self._brisk and self._may_linger) \
+                or client.name not in self._by_name:
             return
         try:
             came = client.channel.receive(0.0, LINGER_S)
@@ -158,7 +160,7 @@ class Lanes:
         self._to_arm.add(client)
         if came is not None:
             self._more.add(client)           # perhaps: asking again is cheaper than arming
-            self._brisk = time.monotonic() - self._answered_s < LINGER_S
+            self._brisk = client is self._answered and time.monotonic() - self._answered_s < LINGER_S
             header, frames = came
             self._on_message(client.name, header, [native.to_tensor(frame) for frame in frames] if frames else frames)
 
@@ -169,7 +171,7 @@ class Lanes:
             return
         try:
             sent = client.channel.send([header, *frames] if frames else [header], 0.0, 0, client.digest)
-            self._answered, self._answered_s = client, time.monotonic()
+            self._answered, self._answered_s, self._lingered = client, time.monotonic(), False
             if sent and frames and client.channel.statistics()["bytes_open"] <= MAX_OPEN_BYTES:
                 self._to_arm.add(client)
                 return

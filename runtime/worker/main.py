@@ -18,6 +18,7 @@ import zmq
 
 from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::sdpa
 from genie_dynamo.core.errors import ConfigError
+from genie_dynamo.core.limits import QUOTA_SHARE
 from genie_dynamo.runtime.heartbeat import HeartbeatEcho
 from genie_dynamo.runtime.lanes import dpdk, stream
 from genie_dynamo.runtime.launcher import lifeline_watch, remove_socket_dir
@@ -34,8 +35,6 @@ _WAKE_ADDRESS = "inproc://genie-wake"
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
-QUOTA_SHARE = 0.6
-"""How much of the memory limit one session may keep; the rest is for what runs need meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

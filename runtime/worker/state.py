@@ -63,7 +63,7 @@ class WorkerState:
             m.Cancel: self._runs.cancel, m.Free: residents.free, m.Drop: self._drop, m.Fetch: residents.fetch,
             m.Move: residents.move,
             m.Stats: self._stats, m.Ping: self._ping, m.Bye: self._bye, m.Calibrate: self._measure,
-            m.Probe: self._measure,
+            m.Probe: self._measure, m.Profile: self._profile,
         }
 
     def handle(self, event: Event) -> list[Command]:
@@ -171,6 +171,13 @@ class WorkerState:
         if type(message) is m.Probe and not 0 < message.size_bytes <= MAX_ECHO_BYTES:
             raise ProtocolError(f"an echo takes 1 to {MAX_ECHO_BYTES} bytes, asked were {message.size_bytes}")
         return [Measure(event.connection, message, session.token)]
+
+    def _profile(self, session: SessionRecord, event: Received) -> list[Command]:
+        message: m.Profile = event.message  # type: ignore[assignment]
+        entry = session.programs.get(message.program_id)
+        if entry is None:
+            raise StaleHandleError(f"program {message.program_id} is not loaded in this session")
+        return [Reply(event.connection, m.Done(message.request, self._tools.profile(entry[1])))]
 
     def _echo(self, connection: bytes, message: m.Echo, frames: Sequence[Any]) -> list[Command]:
         """Also from workers, which have no connection of their own here but know the session."""

@@ -14,6 +14,7 @@ import torch
 import genie_dynamo as genie
 from genie_dynamo import backend, placed, sessions, worker_facts
 from genie_dynamo.core.errors import ConfigError, PlanError
+from genie_dynamo.passes import partition as cutting
 from genie_dynamo.passes.drift import CALLS, FIRST_WAIT_S, Drift
 from genie_dynamo.placed import PlacedGraph
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph
@@ -68,6 +69,91 @@ def test_training_gives_eagers_gradients_and_numbers(dropout: float) -> None:
     for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-7)
     assert min(calls().values()) == 4
+
+
+class Chain(torch.nn.Module):
+    """Weights that no worker of TIGHT can hold all of, so that the chain is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(*[m for _ in range(4) for m in (torch.nn.Linear(256, 256), torch.nn.GELU())])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layers(x)
+        return out
+
+
+class Masked(Chain):
+    """A large mask, made of two numbers, that every layer applies."""
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        assert lengths is not None
+        mask = ((torch.arange(x.shape[0])[:, None] - torch.arange(256)) < lengths.max()).float()
+        x = x * mask
+        for layer in self.layers:
+            x = layer(x) * mask
+        return x
+
+
+WEIGHTS_BYTES = 4 * (256 * 256 + 256) * 4
+
+
+def tight(peak_bytes: int) -> Any:
+    """Facts with room for three of a chain's four layers, beside what a call needs at its peak."""
+    def facts_of(session: Any, *, wait: bool = False) -> worker_facts.Facts:
+        facts = known(session)
+        return replace(facts, lanes=(lane(bytes_per_s=1e8),), workers=tuple(
+            replace(w, memory_bytes=peak_bytes + WEIGHTS_BYTES * 3 // 4) for w in facts.workers))
+
+    return facts_of
+
+
+def bytes_by_reason(monkeypatch: pytest.MonkeyPatch, run: Any, peak_bytes: int, *, rewrite: bool,
+                    **options: Any) -> dict[str, int]:
+    """What three calls moved on two workers that are too small for the weights, by reason."""
+    torch._dynamo.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_facts, "facts_of", tight(peak_bytes))
+        patch.setattr(placed, "TIME_LIMIT_S", None)          # the same placement whatever else runs here
+        if not rewrite:
+            patch.setattr(cutting, "rewritten", lambda *_, **__: None)
+        genie.reset_stats()
+        run(options)
+        stats = genie.get_stats()
+    assert all(row["calls"] for row in stats["workers"].values())
+    return {reason: row["total"] for reason, row in stats["by_reason"].items()}
+
+
+def test_activations_are_kept_where_the_backward_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward runs where its forward did, and an activation that crossed over stays where it went."""
+    def run(options: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        model, x = Chain().train(), torch.randn(512, 256)
+        reference, compiled = copy.deepcopy(model), torch.compile(model, backend="genie", options=options)
+        for _ in range(3):
+            for each in (compiled, reference):
+                each(x).square().mean().backward()
+        for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-7)
+
+    blind = bytes_by_reason(monkeypatch, run, 4 << 20, rewrite=False, awareness="weights")
+    full = bytes_by_reason(monkeypatch, run, 4 << 20, rewrite=True)
+    assert blind["state"] > 0 and full["state"] == 0
+    assert full["gradients"] < blind["gradients"] / 1.3
+
+
+def test_a_cheap_op_is_applied_on_both_workers_and_its_result_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(options: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        model, args = Masked().eval(), (torch.randn(512, 256), torch.tensor([100, 500]))
+        compiled = torch.compile(model, backend="genie", options=options)
+        with torch.no_grad():
+            for _ in range(3):
+                torch.testing.assert_close(compiled(*args), model(*args), rtol=0, atol=0)
+
+    sent = bytes_by_reason(monkeypatch, run, 3 << 19, rewrite=False)
+    twice = bytes_by_reason(monkeypatch, run, 3 << 19, rewrite=True)
+    assert twice["activations"] < sent["activations"]
 
 
 def test_a_worker_that_dies_is_replaced_and_the_graph_goes_on() -> None:

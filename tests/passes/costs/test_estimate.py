@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from genie_dynamo.passes.costs import (
     fit_costs,
     node_seconds,
     observations,
+    refine,
 )
 from tests.passes.costs.tracing import call_node, trace
 
@@ -169,3 +170,20 @@ def test_what_a_kind_cannot_run_has_no_seconds() -> None:
 def test_a_kind_without_facts_is_named() -> None:
     with pytest.raises(CostError, match="no hardware facts for devices of kind tpu; known are cpu"):
         cost_graph(trace(torch.exp, torch.randn(3)), [Device("tpu")], {"cpu": BOX})
+
+
+def test_a_refined_fit_believes_what_was_seen_and_keeps_the_rest() -> None:
+    mm = Observation(model="m", machine="box", kind="cpu", num_threads=1, op="aten::mm", family="matmul",
+                     dtype="float32", flops=2e9, bytes_moved=1e6, seconds=14.0, count=4)
+    plain = (1.0, 1.0, 1.0)
+    fit = CostFit(ops={"aten::add": plain}, families={}, num_rows=7,
+                  kinds={"matrix": plain, "dispatch": plain, "other": plain})
+    refined = refine(fit, [mm], BOX)
+    assert refined is not None and refined.ops["aten::add"] == plain
+    assert refined.coefficients("aten::bmm", "matmul") == plain
+    overhead, arithmetic, memory = refined.ops["aten::mm"]
+    assert overhead * 1e-6 + arithmetic * 2.0 + memory * 1e-3 == pytest.approx(14.0, rel=0.25)
+    for other in (replace(mm, machine="another"), replace(mm, num_threads=2), replace(mm, dtype="float16"),
+                  replace(mm, seconds=0.0), replace(mm, count=0)):
+        assert refine(fit, [other], BOX) is fit
+        assert refine(None, [other], BOX) is None

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -241,3 +242,17 @@ def test_the_survey_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(survey.native, "_module", None)
     monkeypatch.setattr(survey.native, "_why_not", "not built")
     assert [(row.usable, "not built" in row.reason) for row in survey.survey()] == [(False, True)] * 5
+
+
+def test_who_waits_polls_only_where_that_was_asked_for() -> None:
+    for busy_poll_s in (0.0, 0.05):
+        genie.init(workers=1, busy_poll_s=busy_poll_s)
+        run = compiled()
+        assert torch.equal(run(X), double(X))
+        (link,) = sessions.session().links
+        with link.connection() as connection:
+            before_s = time.thread_time()
+            with pytest.raises(BlockingIOError):
+                connection.end.read()           # nothing comes
+            spent_s = time.thread_time() - before_s
+        assert (spent_s > 0.002) == bool(busy_poll_s)

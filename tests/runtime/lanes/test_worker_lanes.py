@@ -13,12 +13,12 @@ from tests.runtime.lanes.ends import native
 
 
 class Listener:
-    """Hands out one channel, once."""
+    """Hands out channels, each once."""
 
     address = "inproc"
 
-    def __init__(self, channel: Any) -> None:
-        self._channels = [channel]
+    def __init__(self, channels: list[Any]) -> None:
+        self._channels = channels
         self._fd = select.epoll()
 
     def accept(self) -> Any:
@@ -32,14 +32,16 @@ class Listener:
 
 
 class Worker:
-    """The lanes of a worker that echoes, with one client."""
+    """The lanes of a worker that echoes, with two clients."""
 
     def __init__(self) -> None:
         self.client, end = native().inproc()
-        listener = Listener(end)
+        self.other, its_end = native().inproc()
+        listener = Listener([its_end, end])
         self._poller = select.epoll()
         self.came: list[bytes] = []
         self.lanes = Lanes([Offer("inproc", 1, "", listener)], self._poller, self._echo, lambda name: None)
+        self.lanes.serve(listener.fileno())
         self.lanes.serve(listener.fileno())
 
     def _echo(self, name: bytes, header: bytes, frames: Any) -> None:
@@ -55,10 +57,11 @@ class Worker:
                 for fd, _ in events:
                     self.lanes.serve(fd)
 
-    def ask(self, text: bytes) -> None:
-        self.client.send([text])
+    def ask(self, text: bytes, client: Any = None) -> None:
+        client = client or self.client
+        client.send([text])
         self.serve()
-        assert self.client.receive(1.0)[0] == text
+        assert client.receive(1.0)[0] == text
 
 
 @pytest.fixture
@@ -98,6 +101,15 @@ def test_slow_messages_are_not_waited_for(worker: Worker, monkeypatch: pytest.Mo
     time.sleep(0.06)
     worker.ask(b"2")
     assert lingered_s(worker) < 0.05
+
+
+def test_clients_that_call_in_turns_do_not_wait_for_each_other(worker: Worker,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "LINGER_S", 0.05)
+    for text in (b"1", b"2"):
+        worker.ask(text)
+        worker.ask(text, worker.other)
+        assert lingered_s(worker) < 0.05
 
 
 def test_a_client_that_has_left_is_not_waited_for(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
