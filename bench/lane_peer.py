@@ -1,7 +1,8 @@
 """The other end of the lanes bench: `python -m bench.lane_peer KIND ADDRESS FOLDER`; it ends when its stdin does.
 
-KIND is a native lane, or "raw" for bench/raw_socket.c. A message of one buffer comes back as it is; of one with payload
-the first byte says whether the receiver copies it ("c") or only looks at its ends; the answer is one byte.
+KIND is a native lane ("dpdk:PORT" for one over a port), or "raw" for bench/raw_socket.c. A message of one buffer comes
+back as it is; of one with payload the first byte says whether the receiver copies it ("c") or only looks at its ends;
+the answer is one byte.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +38,14 @@ def serve(kind: str, address: str, folder: str) -> None:
     if kind == "raw":
         _serve_raw(raw_library(folder))
         return
-    from genie_dynamo import _native
-
-    listener = _native.listen(kind, address)
+    listener = listen(kind, address)
     print(listener.address, flush=True)
     channel = None
     while channel is None:
         channel = listener.accept()
         time.sleep(0.001)
     spin_s = float(os.environ.get("LANE_SPIN_S", "0"))
+    lose(kind)
     copy = bytearray()
     while True:
         came = channel.receive(3600.0, spin_s)
@@ -58,6 +59,25 @@ def serve(kind: str, address: str, folder: str) -> None:
             header = bytes((view[0] ^ view[-1],))
         del frames, came
         channel.send([header])
+
+
+def listen(kind: str, address: str) -> Any:
+    """A native Listener; of a dpdk lane with digests only where LANE_DIGEST asks for them."""
+    from genie_dynamo import _native
+    from genie_dynamo.runtime.lanes import dpdk
+
+    if not kind.startswith("dpdk:"):
+        return _native.listen(kind, address)
+    dpdk.use_port(kind.removeprefix("dpdk:"))
+    return dpdk.listen(digest=os.environ.get("LANE_DIGEST") == "1")
+
+
+def lose(kind: str) -> None:
+    """Lose the share LANE_LOSS of the frames that this process's port sends."""
+    from genie_dynamo.runtime.lanes import dpdk
+
+    if kind.startswith("dpdk:"):
+        dpdk.module().lose(float(os.environ.get("LANE_LOSS", "0")), 1 + os.getpid())
 
 
 def _serve_raw(library: Any) -> None:
@@ -81,16 +101,19 @@ def _exit_with_parent() -> None:
 
 
 class Peer:
-    """Such a process, and this process's end of the way to it."""
+    """Such a process, and this process's end of the way to it.
 
-    def __init__(self, kind: str, spin_s: float = 0.0) -> None:
+    Args: there: its KIND, where that is another one.  prefix: before its command, as `ip netns exec NAME`.
+    """
+
+    def __init__(self, kind: str, spin_s: float = 0.0, there: str = "", prefix: Sequence[str] = ()) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="bench-")
         if kind == "raw":
             self.library = raw_library(self._folder.name)
         address = "127.0.0.1:0" if kind in ("tcp", "raw") else f"{self._folder.name}/lane"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.lane_peer", kind, address, self._folder.name], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, env=os.environ | {"LANE_SPIN_S": str(spin_s)})
+            [*prefix, sys.executable, "-m", "bench.lane_peer", there or kind, address, self._folder.name],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"LANE_SPIN_S": str(spin_s)})
         assert self._process.stdout is not None
         where = self._process.stdout.readline().decode().strip()
         self.spin_s = spin_s
@@ -98,6 +121,12 @@ class Peer:
             host, _, port = where.rpartition(":")
             self.socket = socket.create_connection((host, int(port)))
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        elif kind.startswith("dpdk:"):
+            from genie_dynamo.runtime.lanes import dpdk
+
+            dpdk.use_port(kind.removeprefix("dpdk:"))
+            self.channel = dpdk.connect(where, 10.0, os.environ.get("LANE_DIGEST") == "1")
+            lose(kind)
         else:
             from genie_dynamo import _native
 

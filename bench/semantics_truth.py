@@ -41,20 +41,22 @@ LAYERS: dict[str, frozenset[str]] = {
     "stage": frozenset({"conv_stage"}), "fusion": frozenset({"fusion"}), "encoder": frozenset({"modality_encoder"})}
 
 _ROTATES = re.compile(r"apply_(multimodal_)?rotary|rotate_half|_apply_rotary_emb|apply_rotary")
-_SINES = re.compile(r"sine_position|sinusoid")                # functions that make a table of positions
+_SINES = re.compile(r"sine_position|sinusoid|get_position_embeds")      # functions that make a table of positions
 _ADDS_POSITIONS = re.compile(r"= .*\+ .*(pos_embed|position_embedding|embed_pos|positional|pos_encoding|time_embed)")
 _TABLE_LINE = re.compile(r"sincos = |sinusoid_inp")
-_MEAN = re.compile(r"mean\(.*dim=|\.mean\(|mean\(\[-2")
-_NORM = re.compile(r"((LayerNorm|RMSNorm|BatchNorm|GroupNorm)\w{0,12}|GRN)$")
+_MEAN = re.compile(r"mean\(.*dim=(?!\[?0)|\.mean\(|mean\(\[-2")
+_NORM = re.compile(r"((LayerNorm|RMSNorm|BatchNorm|GroupNorm)\w{0,12}|GRN|L2Norm)$")
+_RESCALES = re.compile(r"(new|target)_magnitude")              # to the root mean square of another value: a norm
+_POOLS_VALUES = re.compile(r"^pool_tensor$")
 _ATTENTION = re.compile(r"Attention(?!Pooling)|MultiheadAttention|SelfAttention|CrossAttention|SelfAttn")
 _MLP = re.compile(r"(MLP|Mlp|FFN|FeedForward|DenseReluDense|DenseActDense|DenseGatedActDense|MixFFN|Projector|"
                   r"FeedForwardNetwork|MLPPredictionHead)$")
 _RECURRENT = re.compile(r"^(LSTM|GRU|RNN|LSTMCell|GRUCell|RNNCell)$")
 _STATE_SPACE = re.compile(r"(Mamba\d?Mixer|BambaMixer|H1Mixer|RgLru|RecurrentBlock|S4|S6|GatedDeltaNet|"
                           r"RwkvSelfAttention)")
-_POSITIONS = re.compile(r"(Rotary|Position|Sinusoid|Sine|RelativeP)")
+_POSITIONS = re.compile(r"(Rotary|Position(?!wise)|Sinusoid|Sine|RelativeP)")
 _TABLE_PATH = re.compile(r"pos|wpe|relative_attention_bias|rel_attn|distance_embedding")
-_PATCHES = re.compile(r"(PatchEmbed|PatchEmbeddings|Patches|OverlapPatchEmbeddings)")
+_PATCHES = re.compile(r"(TubeletEmbed|PatchEmbed|PatchEmbeddings|Patches|OverlapPatchEmbeddings)")
 _HEADS = re.compile(r"(^|\.)(lm_head|classifier|score|proj_out|embed_out|output_projection|predictions\.decoder|"
                     r"pred_layer\.proj|vocab_projector|generator_lm_head|decoder)(\.decoder|\.\d+|\.out_proj)?$|"
                     r"(^|\.)classifier\.dense$|^(output|head|fc|lm_loss)$")
@@ -168,6 +170,10 @@ def _leaf(node: Origin, children: Mapping[str, Sequence[str]]) -> Key | None:
     if "relative_position_bias_table[" in node.line:
         return "positional", f"{path}:table"
     # The line of a mean may hold a layer or an activation too, whose nodes are not the mean's.
+    if _RESCALES.search(node.line):
+        return "norm", f"{path}:magnitude"
+    if any(map(_POOLS_VALUES.search, node.functions)):
+        return "pooling", f"{path}:pool"
     if _MEAN.search(node.line) and not _NORM.search(kind) and not _ONE_OP.search(kind):
         return "pooling", path
     if _NORM.search(kind):
@@ -197,6 +203,10 @@ def _attention(node: Origin) -> str:
 
 def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[str, Sequence[str]],
                  node: Origin) -> Key | None:
+    if what.endswith("AttentionPoolingHead") and "k_proj" in children.get(where, ()):
+        return "attention", where          # of learned queries
+    if what.endswith("ConvNextLayer") and re.match(r"(pointwise_conv\d|activation_fn)$", leaf):
+        return "mlp", where
     if what.endswith(("TopKRouter", "Router", "TopKGate", "TopKGating")):
         return "moe_router", where
     if what == "Neck":

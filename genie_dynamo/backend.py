@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from torch._dynamo.repro.after_dynamo import WrapBackendDebug
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from genie_dynamo import sessions
+from genie_dynamo.by_size import BySize, SizedHomes
 from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::sdpa
 from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import ConfigError, UnsupportedGraphError
@@ -32,11 +34,13 @@ from genie_dynamo.device.compiled import is_on_device, recorded
 from genie_dynamo.fused import remote_call
 from genie_dynamo.partitioning import partition_fn
 from genie_dynamo.parts import Parts
-from genie_dynamo.passes.facts import read_facts, read_guards
+from genie_dynamo.passes.facts import GraphFacts, read_facts, read_guards
 from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
 from genie_dynamo.passes.pipeline import run_pipeline
 from genie_dynamo.passes.planning import Assign, plan_graph
+from genie_dynamo.passes.rows.split import SplitGraph
 from genie_dynamo.passes.semantics.carry import carry_over
+from genie_dynamo.passes.specialize import symbolic_batch
 from genie_dynamo.placed import Homes, PlacedGraph
 from genie_dynamo.runtime.client import stale
 from genie_dynamo.runtime.client.attempt import GraphInfo
@@ -62,7 +66,7 @@ def genie(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> C
     config = sessions.default_config().for_compile(options)
     run_pipeline(gm, example_inputs)
     guards = read_guards(gm)
-    homes = Homes()
+    homes = SizedHomes()
 
     def compiler(kind: str) -> Callable[..., Any]:
         def compile_graph(graph: fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -86,7 +90,7 @@ def genie(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> C
 
 def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Config, *,
                  assign: Assign | None = None, num_workers: int = 1,
-                 homes: Homes | None = None) -> Callable[[list[Any]], Any]:
+                 homes: SizedHomes | None = None) -> Callable[[list[Any]], Any]:
     """One ATen graph as a boxed callable: remote where it can be shipped, else local.
 
     Args:   assign, num_workers: a placement made by hand, as for plan_graph; by default it is made by cost.
@@ -96,19 +100,35 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
     if is_on_device(gm):
         return recorded(gm)
     label = f"{kind} graph {next(_numbers)}"
-    local = _boxed(gm, kind)
     facts = read_facts(gm, kind)
+    homes = homes or SizedHomes()
+    compile_one = functools.partial(_compile_graph, facts=facts, guards=guards, partial=_ends_in_break())
+    if config.microbatches == 1 or assign is not None or not symbolic_batch(gm, facts.static_inputs):
+        return compile_one(gm, config=config, label=label, assign=assign, num_workers=num_workers, homes=homes.at({}))
+    whole = compile_one(gm, config=dataclasses.replace(config, microbatches=1), label=label, homes=homes.at({}))
+    if not isinstance(whole, PlacedGraph):
+        return whole                # it runs locally, or there is nothing to run
+    return BySize(gm, label, homes, whole, strict=config.strict, refused=whole.refused,
+                  make=lambda sized, name, at: compile_one(sized, config=config, label=name, homes=at))
+
+
+def _compile_graph(gm: fx.GraphModule, *, facts: GraphFacts, guards: GuardFacts, config: Config, label: str,
+                   partial: bool, homes: Homes, assign: Assign | None = None,
+                   num_workers: int = 1) -> Callable[[list[Any]], Any]:
+    """One graph of known facts; see compile_aten. partial: eager code of the function follows it."""
+    kind = facts.kind
+    local = _boxed(gm, kind)
     namespaces = _namespaces(gm)
     # Whether a worker really has the op libraries shows when the fragment is loaded there.
     reasons = unsupported_reasons(gm, namespaces) + _foreign_devices(gm)
     remote = config.parameters == "remote" and kind != "backward"
-    partial = _ends_in_break()
     keep_state = not remote and config.awareness == "full" and kind != "backward"
     session = lambda: sessions.session(namespaces)  # noqa: E731 - it is handed on
 
     def build(assign: Assign | None, workers: Sequence[str], count: int, over: fx.GraphModule = gm,
-              whole: bool = True) -> RemoteGraph:
-        plan = plan_graph(over, facts, guards, assign=assign, num_workers=count, keep_state=keep_state and whole)
+              split: SplitGraph | None = None) -> RemoteGraph:
+        plan = plan_graph(over, facts, guards, assign=assign, num_workers=count,
+                          keep_state=keep_state and split is None, in_order=split is not None and split.in_order)
         if remote:
             changed = {index for index, _ in plan.mutations}
             plan = dataclasses.replace(plan, stays=tuple(i for i in facts.static_inputs if i in changed))
@@ -131,8 +151,8 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
         return local
     if assign is not None:
         return first
-    placed = PlacedGraph(gm, facts, config, label, homes or Homes(), session, first, parts,
-                         lambda over, assign, workers, whole: build(assign, workers, len(workers), over, whole))
+    placed = PlacedGraph(gm, facts, config, label, homes, session, first, parts,
+                         lambda over, assign, workers, split: build(assign, workers, len(workers), over, split))
     for watch in observers:
         watch(placed)
     return placed

@@ -20,6 +20,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from genie_dynamo import device, sessions
+from genie_dynamo.core.config import Config
 from genie_dynamo.core.errors import ConfigError, GenieError
 from genie_dynamo.core.fragment import encode
 from genie_dynamo.core.placement import POLICIES
@@ -31,6 +32,7 @@ from genie_dynamo.passes.planning import plan_graph
 from genie_dynamo.passes.semantics.annotate import annotate as annotate_graph
 from genie_dynamo.runtime.client.attempt import GraphInfo
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph
+from genie_dynamo.runtime.client.session import Session
 
 Tensor = torch.Tensor
 
@@ -65,11 +67,19 @@ class RecordedGraph:
     inputs: tuple[Tensor, ...]
     nodes: tuple[Any, ...]                # of genie_dynamo.device, in the order of the inputs
 
-    def plan(self) -> RecordedPlan:
-        """The graph as one fragment, for any one worker. Raises: UnsupportedGraphError."""
-        outputs = self.gm.graph.output_node().args[0]
-        facts = GraphFacts(kind="inference", static_inputs=(), bumped=frozenset(), num_outputs=len(outputs))  # type: ignore[arg-type]
-        return RecordedPlan(self.gm, plan_graph(self.gm, facts))
+    def plan(self, *, devices: Sequence[str] | int | None = None, policy: str | None = None) -> RecordedPlan:
+        """The graph as a plan: one fragment for any one worker, or, see `run`, placed over those that are named.
+
+        Raises: UnsupportedGraphError, and what `run` raises.
+        """
+        outputs: Any = self.gm.graph.output_node().args[0]
+        facts = GraphFacts(kind="inference", static_inputs=(), bumped=frozenset(), num_outputs=len(outputs))
+        if devices is None and policy is None:
+            return RecordedPlan(self.gm, plan_graph(self.gm, facts))
+        from genie_dynamo.device.spread import plan_over
+
+        session, workers, config = _meant(devices, policy)
+        return RecordedPlan(self.gm, *plan_over(self.gm, facts, session, workers, config))
 
     def __str__(self) -> str:
         return str(self.gm.graph)
@@ -77,10 +87,11 @@ class RecordedGraph:
 
 @dataclass(frozen=True, slots=True)
 class RecordedPlan:
-    """A recorded graph and the plan that runs it."""
+    """A recorded graph and the plan that runs it; `workers` are the names that the plan numbers, or any will do."""
 
     gm: fx.GraphModule
     plan: Plan
+    workers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return str(self.plan)
@@ -138,14 +149,18 @@ def execute_local(plan: RecordedPlan | RecordedGraph, inputs: Sequence[Tensor]) 
 
 
 def execute(plan: RecordedPlan | RecordedGraph, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Run a recorded graph on a worker of the session. See execute_local; raises WorkerError beside."""
+    """Run a recorded graph on a worker of the session, or on those that it was planned for.
+
+    See execute_local; raises WorkerError beside.
+    """
     planned = plan.plan() if isinstance(plan, RecordedGraph) else plan
     values = _checked(planned, inputs)
     graph = planned.gm
     specs = {f.fragment_id: encode(lower_fragment(graph, node_names=f.node_names, inputs=f.inputs, outputs=f.outputs))
              for f in planned.plan.fragments}
-    remote = RemoteGraph(planned.plan, specs, GraphInfo(False, frozenset(), "recorded graph"),
-                         sessions.default_config(), sessions.session, lambda args: graph.forward(*args))
+    info = GraphInfo(False, frozenset(), "recorded graph")
+    remote = RemoteGraph(planned.plan, specs, info, sessions.default_config(), sessions.session,
+                         lambda args: graph.forward(*args), planned.workers)
     return remote(values)
 
 
@@ -157,27 +172,61 @@ def run(model: Callable[..., Any], input: Any, *, devices: Sequence[str] | int |
     runs as far as it needs.
 
     Args:    input: a tensor, or a tuple of arguments.
-             devices, policy: for one worker every policy gives the same placement, and the device is one worker: the
-             session's first, which `devices` may name.
+             devices: the workers that may take part, by name, or how many of the session's; policy: what they are
+             chosen for. With more than one, what is recorded is placed by cost as compiled graphs are, and weights stay
+             where they are used. With neither, everything runs on the device: the session's first worker.
     Returns: what the model returns, with CPU tensors.
-    Raises:  ConfigError for other devices or an unknown policy; what the model raises; WorkerError.
+    Raises:  ConfigError for unknown workers or an unknown policy; PlacementError; what the model raises; WorkerError.
     """
-    if policy is not None and policy not in POLICIES:
-        raise ConfigError(f"policy {policy!r} is unknown; it is one of {', '.join(map(repr, POLICIES))}")
-    _check_devices(devices)
+    _check_available()
     args = input if isinstance(input, tuple) else (input,)
-    with capture(), torch.no_grad():
+    with _spread_over(devices, policy), capture(), torch.no_grad():
         moved = pytree.tree_map_only(Tensor, lambda t: t.to(device.NAME), args)
         return pytree.tree_map_only(Tensor, lambda t: t.cpu(), model(*moved))
 
 
-def _check_devices(devices: Sequence[str] | int | None) -> None:
-    if devices is None or devices == 1:
+@contextmanager
+def _spread_over(devices: Sequence[str] | int | None, policy: str | None) -> Iterator[None]:
+    """Inside, recordings of this thread run over the named workers, where these are not the device's own one alone."""
+    from genie_dynamo.device.engine import current
+    from genie_dynamo.device.foreign import admission
+    from genie_dynamo.device.spread import Spread
+
+    session, workers, config = _meant(devices, policy)
+    if workers == (session.links[0].name,):
+        yield
         return
-    first = sessions.session().links[0].name
-    if isinstance(devices, int) or list(devices) not in ([first], [device.NAME], [f"{device.NAME}:0"]):
-        raise ConfigError(f"devices={devices!r}: eager code runs on one worker, {first!r}; torch.compile places graphs "
-                          "on several")
+    current.run(())            # what was recorded before belongs to the device
+    before, admission.spread = admission.spread, Spread(session, workers, config)
+    try:
+        yield
+    finally:
+        admission.spread = before
+
+
+def _meant(devices: Sequence[str] | int | None, policy: str | None) -> tuple[Session, tuple[str, ...], Config]:
+    """The session, its workers that are meant, and the configuration with the policy. Raises: ConfigError."""
+    if policy is not None and policy not in POLICIES:
+        raise ConfigError(f"policy {policy!r} is unknown; it is one of {', '.join(map(repr, POLICIES))}")
+    session = sessions.session()
+    workers = _chosen(devices, policy, [link.name for link in session.links])
+    return session, workers, sessions.default_config().for_compile({} if policy is None else {"policy": policy})
+
+
+def _chosen(devices: Sequence[str] | int | None, policy: str | None, names: Sequence[str]) -> tuple[str, ...]:
+    """The workers that are meant, in the session's order. Raises: ConfigError for those that there are not."""
+    if devices is None:
+        return tuple(names) if policy is not None else tuple(names[:1])
+    if isinstance(devices, int):
+        if not 1 <= devices <= len(names):
+            raise ConfigError(f"devices={devices}: this session has {len(names)} workers: {', '.join(names)}")
+        return tuple(names[:devices])
+    wanted = {names[0] if name in (device.NAME, f"{device.NAME}:0") else name for name in devices}
+    unknown = sorted(wanted - set(names))
+    if unknown or not wanted:
+        raise ConfigError(f"devices={devices!r}: this session's workers are {', '.join(names)}"
+                          + (f", and not {', '.join(unknown)}" if unknown else ""))
+    return tuple([name for name in names if name in wanted])
 
 
 def _checked(plan: RecordedPlan | RecordedGraph, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -37,12 +37,10 @@ PartitionFn = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
 def partition_fn(config: Config) -> PartitionFn:
     """The partition function of one compile."""
-    if config.awareness != "full":
-        return default_partition
-
     def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
-        by_cost = _by_cost(config, joint)
-        return (default_partition if by_cost is None else by_cost)(joint, inputs, **options)
+        by_cost = _by_cost(config, joint) if config.awareness == "full" else None
+        chosen: PartitionFn = default_partition if by_cost is None else by_cost
+        return chosen(joint, inputs, **options)
 
     return partition
 
@@ -88,9 +86,8 @@ def _hints(joint: fx.GraphModule) -> dict[str, int]:
     found: dict[str, int] = {}
     for node in joint.graph.nodes:
         value = node.meta.get("val")
-        sizes = [value] if isinstance(value, torch.SymInt) else [
-            size for tensor in tensors_in(value) for size in tensor.shape if isinstance(size, torch.SymInt)]
+        sizes: list[Any] = [value, *(size for tensor in tensors_in(value) for size in tensor.shape)]
         for size in sizes:
-            if size.node.expr.is_Symbol and size.node.hint is not None:
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.hint is not None:
                 found[str(size.node.expr)] = int(size.node.hint)
     return found

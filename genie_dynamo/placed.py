@@ -5,6 +5,7 @@ joined or left. A forward graph says where each of its values is made; the backw
 """
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
 import threading
@@ -30,11 +31,14 @@ from genie_dynamo.passes.costs.sizes import hinted_bytes
 from genie_dynamo.passes.costs.symbols import SymbolBinding
 from genie_dynamo.passes.drift import Drift
 from genie_dynamo.passes.facts import GraphFacts
-from genie_dynamo.passes.partition import Partition, partition
+from genie_dynamo.passes.held import Held, held_inputs
+from genie_dynamo.passes.partition import Partition, check_prices, partition
 from genie_dynamo.passes.pipelining import pipeline_partition
 from genie_dynamo.passes.placement.interfaces import Limits
 from genie_dynamo.passes.placement.planner import Planner
 from genie_dynamo.passes.planning import Assign
+from genie_dynamo.passes.rows.split import SplitGraph
+from genie_dynamo.passes.semantics.carry import marked
 from genie_dynamo.placing import no_long_pauses
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph
 from genie_dynamo.runtime.client.session import Session
@@ -44,8 +48,8 @@ log = logging.getLogger(__name__)
 TIME_LIMIT_S: float | None = 0.5
 """What planning one graph may take of the call that it happens before."""
 
-Build = Callable[[fx.GraphModule, Assign, Sequence[str], bool], RemoteGraph]
-"""`build(graph, node -> worker, names of workers, whether the batch is whole)`."""
+Build = Callable[[fx.GraphModule, Assign, Sequence[str], SplitGraph | None], RemoteGraph]
+"""`build(graph, node -> worker, names of workers, parts of the batch that the graph is over)`."""
 
 
 @dataclass(slots=True)
@@ -84,6 +88,8 @@ class PlacedGraph:
         self._drift = Drift(time.monotonic)
         self._found: Partition | None = None
         self._priced_with: worker_facts.Facts | None = None
+        self._unpriced = config.policy == "min_cost"      # whether prices are still to be looked for
+        self._held: Held | None = None                    # where the state of the call lay that was priced
         self._sizes_seen: set[tuple[tuple[str, int], ...]] = set()
 
     @property
@@ -112,8 +118,8 @@ class PlacedGraph:
     def __call__(self, args: list[Any]) -> tuple[Any, ...]:
         session = self._get_session()
         if self.parts.refusal:
-            session.telemetry.event(f"microbatches not used: {self.parts.refusal}")
-        if len(session.links) > 1 and self._lock.acquire(blocking=False):
+            self.refused(self.parts.refusal)
+        if (len(session.links) > 1 or self._unpriced) and self._lock.acquire(blocking=False):
             try:
                 self._place(session, args)
             finally:
@@ -141,6 +147,10 @@ class PlacedGraph:
             self._make_whole()
             return self._current(values)
 
+    def refused(self, reason: str) -> None:
+        """Count a call whose batch was to be cut and was not."""
+        self._get_session().telemetry.event(f"microbatches not used: {reason}")
+
     def _make_whole(self) -> None:
         self._found = None
         self._current, self._workers = self._anywhere, ()
@@ -165,9 +175,15 @@ class PlacedGraph:
                                           aware=self._config.awareness == "full")
             return partition(self.gm, self.facts, workers, facts.lanes, self._config.policy,
                              Planner(time.monotonic), limits, aware=self._config.awareness == "full",
-                             symbol_values=self.symbol_values)
+                             symbol_values=self.symbol_values, held=self._held)
 
     def _place(self, session: Session, args: Sequence[Any]) -> None:
+        if self._unpriced:
+            # Also with one worker, where nothing is chosen: what was asked for cannot be known to hold.
+            check_prices({link.name: session.prices.get(link.name) for link in session.links if not link.lost})
+            self._unpriced = False
+            if len(session.links) == 1:
+                return
         if self.facts.kind == "backward":
             if self._key is not self._homes.of_value:
                 self._key = self._homes.of_value
@@ -185,6 +201,7 @@ class PlacedGraph:
             return
         self._key = key
         self.symbol_values = self._symbols(args)
+        self._held = self._where_state_is(session, args) if self._config.awareness == "full" else None
         try:
             found = self.price(facts)
             if again:
@@ -200,6 +217,25 @@ class PlacedGraph:
             log.warning("%s has no placement under %s by estimate, and runs whole on one worker: %s", self.label,
                         self._config.policy, error)
             self._make_whole()
+
+    def _where_state_is(self, session: Session, args: Sequence[Any]) -> Held | None:
+        """Caches and other state among the arguments that workers hold; parameters go to where they are read."""
+        names = {link.key: link.name for link in session.links if not link.lost}
+        static = set(self.facts.static_inputs)
+        worker_of: dict[str, str] = {}
+        placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
+        for index, (node, value) in enumerate(zip(placeholders, args, strict=True)):
+            entry = session.residency.find(value) if index not in static and isinstance(value, torch.Tensor) else None
+            if entry is not None and not entry.barred:
+                worker_of.update((node.name, names[key]) for key in list(entry.acked)[:1] if key in names)
+        if not worker_of:
+            return None
+        semantics = marked(self.gm)
+        phase = semantics.phase if semantics is not None else ""
+        if semantics is not None and semantics.phase_rule is not None:
+            with contextlib.suppress(KeyError):          # a size that is none of this graph's symbols
+                phase = semantics.phase_at(self.symbol_values)
+        return held_inputs(self.gm, worker_of, phase)
 
     def _plan_again(self, session: Session, found: Partition) -> None:
         """The same workers, and measured times that say otherwise than the estimates did."""
@@ -233,7 +269,7 @@ class PlacedGraph:
         """Go by a partition from now on."""
         if len(found.workers) > 1:
             cut = self._build(found.over(self.gm), lambda node: found.assign.get(node.name, 0), found.workers,
-                              found.split is None)
+                              found.split)
             log.info("%s is cut over %s: %.3g ms estimated", self.label, ", ".join(found.workers), found.est_s * 1e3)
             self._current, self._workers = cut, found.workers
             kept = found.twice.kept if found.twice is not None else {}
@@ -245,7 +281,7 @@ class PlacedGraph:
             return
         self._make_whole()
         if found.pinned:
-            self._current, self._workers = self._build(self.gm, lambda node: 0, found.workers, True), found.workers
+            self._current, self._workers = self._build(self.gm, lambda node: 0, found.workers, None), found.workers
 
     def _follow(self) -> None:
         """A backward graph runs where the activations are that it reads."""
@@ -255,10 +291,10 @@ class PlacedGraph:
         assign = {node.name: worker for node, worker in _follow(self.gm, self._homes).items()}
         split = self.parts.of_backward(self.gm, self.facts, self._homes.rows, self._config.microbatches)
         if split is None:
-            self._current = self._build(self.gm, lambda node: assign[node.name], self._homes.workers, True)
+            self._current = self._build(self.gm, lambda node: assign[node.name], self._homes.workers, None)
             return
         origin = split.origin
-        self._current = self._build(split.gm, lambda node: assign[origin[node.name]], self._homes.workers, False)
+        self._current = self._build(split.gm, lambda node: assign[origin[node.name]], self._homes.workers, split)
 
 
 def _follow(gm: fx.GraphModule, homes: Homes) -> dict[fx.Node, int]:

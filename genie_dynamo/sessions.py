@@ -162,6 +162,13 @@ def set_log_level(level: int | str) -> None:
 
 def _open(config: Config, op_libraries: Sequence[str]) -> Session:
     addresses, security = connect_spec(config)
+    if config.policy == "min_cost":
+        from genie_dynamo.passes.partition import check_prices
+
+        # Before any worker is started. The price of embedded ones cannot be said.
+        count = config.workers if isinstance(config.workers, int) else 1
+        embedded = {f"embedded worker {n}": None for n in range(count)}
+        check_prices({worker.name: worker.price_per_hour for worker in addresses} or embedded)
     return Session(config, addresses, security, op_libraries)
 
 

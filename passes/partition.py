@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -24,6 +24,7 @@ from genie_dynamo.passes.costs.cost_graph import cost_graph
 from genie_dynamo.passes.costs.fit import CostFit
 from genie_dynamo.passes.costs.shipped import shipped_fit
 from genie_dynamo.passes.facts import GraphFacts
+from genie_dynamo.passes.held import Held, with_held
 from genie_dynamo.passes.placement.interfaces import Limits, PlacementStrategy
 from genie_dynamo.passes.placement.problem import build_problem
 from genie_dynamo.passes.placement.timeline import Timeline
@@ -95,18 +96,20 @@ class Partition:
 
 def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
               policy: Policy, strategy: PlacementStrategy, limits: Limits, *,
-              symbol_values: Mapping[str, int] | None = None, aware: bool = True) -> Partition:
+              symbol_values: Mapping[str, int] | None = None, aware: bool = True,
+              held: Held | None = None) -> Partition:
     """Place the graph.
 
     Under max_throughput a cut competes with whole calls on whichever worker is free, since that moves nothing.
 
     Args:    workers: in the order in which the plan numbers them.  lanes: those between workers count.
              symbol_values: sizes of this call, for dynamic graphs.  aware: whether placement sees regions.
+             held: inputs that lie on workers already.
     Raises:  PlacementError where it fits on no worker and in no cut, or (min_cost) nothing is fast enough; the message
              has the numbers. ConfigError where min_cost lacks a price.
     """
     graph, devices = price(gm, facts, workers, lanes, symbol_values, aware=aware)
-    alternatives = [_single(graph, device) for device in devices]
+    alternatives = [_single(graph, device, held.moving_s(device) if held is not None else 0.0) for device in devices]
     possible = [a for a in alternatives if a.est_s is not None]
     best = min(possible, key=lambda a: a.est_s or 0.0) if possible else None
     rival = best
@@ -115,10 +118,13 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
         alternatives.append(rival)
     placed: Placement | None = None
     if policy == "min_cost":
-        _check_prices(devices)
+        check_prices({device.id: device.price_per_hour for device in devices})
     try:
-        placed = strategy.place(graph, devices, policy, limits)
-        cut = _cut(graph, placed)
+        there = graph if held is None else with_held(graph, gm, held, devices)
+        placed = strategy.place(there, devices, policy, limits)
+        cut = _cut(there, placed)
+        if there is not graph:
+            placed = replace(placed, device={node: placed.device[node] for node in graph.index})
         if policy == "min_cost" and len(set(placed.device.values())) == 1:
             # The cheapest that is fast enough, which need not be the fastest.
             rival = best = next(a for a in possible if a.name == next(iter(placed.device.values())))
@@ -143,17 +149,17 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
     est_s = next(a.est_s for a in alternatives if a.chosen) or 0.0
     twice: Rewritten | None = None
     if use_cut:
-        there = {index: {n.id: s for n in graph.nodes if (s := n.seconds.get(name)) is not None}
+        times = {index: {n.id: s for n in graph.nodes if (s := n.seconds.get(name)) is not None}
                  for name, index in number.items()}
-        twice = _rewritten(gm, facts, assign, there, lanes, used, symbol_values)
+        twice = _rewritten(gm, facts, assign, times, lanes, used, symbol_values)
         if twice is not None and twice.again and policy != "max_throughput":
             # What is not sent may have travelled beside the computing: then to compute it takes longer.
             shorter_s = _makespan_s(twice, facts, workers, lanes, used, symbol_values)
             if shorter_s > est_s:
-                twice = rewritten(gm, facts, assign, there, None)
+                twice = rewritten(gm, facts, assign, times, None)
     if twice is not None:
         assign = {**assign, **twice.assign}
-        seconds.update((new, there[twice.assign[new]].get(old, 0.0)) for new, old in twice.origin.items()
+        seconds.update((new, times[twice.assign[new]].get(old, 0.0)) for new, old in twice.origin.items()
                        if not new.endswith("_kept"))
     return Partition(
         workers=tuple(used), assign=assign, seconds=seconds, memory_bytes={n.id: n.memory_bytes for n in graph.nodes},
@@ -221,15 +227,16 @@ def _device(worker: WorkerFacts, lanes: Sequence[LinkFacts], peak_bytes: int) ->
         network_latency_s=max((lane.latency_s for lane in own), default=_DEFAULT_LATENCY_S))
 
 
-def _check_prices(devices: Sequence[Device]) -> None:
-    unknown = [d.id for d in devices if d.price_per_hour is None]
+def check_prices(prices: Mapping[str, float | None]) -> None:
+    """Raises: ConfigError that names the workers without a price, which min_cost cannot do without."""
+    unknown = [name for name, price in prices.items() if price is None]
     if unknown:
         raise ConfigError(f"policy min_cost needs the price of every worker, and {', '.join(unknown)} "
                           f"{'has' if len(unknown) == 1 else 'have'} none; say price_per_hour in cluster.yaml")
 
 
-def _single(graph: CostGraph, device: Device) -> Alternative:
-    """All of it on one worker."""
+def _single(graph: CostGraph, device: Device, moving_s: float) -> Alternative:
+    """All of it on one worker, to which what lies elsewhere has to move."""
     cannot = [node.id for node in graph.nodes if node.seconds.get(device.kind) is None]
     held = sum(node.memory_bytes for node in graph.nodes)
     if cannot:
@@ -240,7 +247,8 @@ def _single(graph: CostGraph, device: Device) -> Alternative:
                            reason=f"the weights are {held / 2**30:.3g} GiB, {device.id} has "
                                   f"{device.memory_bytes / 2**30:.3g} GiB for them beside the call's own peak")
     seconds = sum(node.seconds[device.kind] or 0.0 for node in graph.nodes)
-    return Alternative(name=device.id, est_s=seconds, chosen=False, reason="")
+    return Alternative(name=device.id, est_s=seconds + moving_s, chosen=False,
+                       reason=f"{moving_s * 1e3:.3g} ms of it to move state there" if moving_s else "")
 
 
 def _slowest(possible: Sequence[Alternative]) -> float:

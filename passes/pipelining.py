@@ -8,6 +8,7 @@ a stage computes while the last part's result travels.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
@@ -17,6 +18,7 @@ from genie_dynamo.core.errors import PlacementError
 from genie_dynamo.core.hardware import LinkFacts
 from genie_dynamo.core.placement import Placement, Policy, Transfer
 from genie_dynamo.passes.facts import GraphFacts
+from genie_dynamo.passes.interleaving import interleaved
 from genie_dynamo.passes.partition import (
     MARGIN,
     MIN_GAIN_S,
@@ -31,6 +33,7 @@ from genie_dynamo.passes.placement.interfaces import Limits, PlacementStrategy
 from genie_dynamo.passes.placement.problem import build_problem
 from genie_dynamo.passes.placement.timeline import Schedule, Timeline
 from genie_dynamo.passes.rows.split import SplitGraph
+from genie_dynamo.passes.stage_cuts import stage_cuts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class _Pipeline:
     """One way to place the stages, timed."""
 
     device_of: Mapping[str, str]             # node of the whole graph -> worker
+    split: SplitGraph                        # with its nodes in the order in which they are to run
     schedule: Schedule
     loads_s: Mapping[str, float]
     method: str
@@ -73,9 +77,10 @@ def pipeline_partition(gm: fx.GraphModule, facts: GraphFacts, split: SplitGraph,
     whole, devices = price(gm, facts, workers, lanes, aware=aware)
     timeline = Timeline(build_problem(_priced_parts(split, facts, workers, lanes), devices))
     best: _Pipeline | None = None
-    for found in _candidates(whole, devices, strategy, part_limits):
-        device_of = views_with_readers(gm, found.device)
-        timed = _timed(timeline, split, device_of, found.method)
+    weights = [n.name for n in gm.graph.nodes if n.op == "placeholder" and n.name not in split.output_dims]
+    cuts = ((placed, "stages by weights") for placed in stage_cuts(gm, whole, devices, weights))
+    for placed, method in itertools.chain(cuts, _candidates(whole, devices, strategy, part_limits)):
+        timed = _timed(timeline, split, views_with_readers(gm, placed), method)
         if best is None or _time(timed, policy) < _time(best, policy):
             best = timed
     if best is None:
@@ -97,7 +102,7 @@ def _priced_parts(split: SplitGraph, facts: GraphFacts, workers: Sequence[Worker
 
 
 def _candidates(graph: CostGraph, devices: Sequence[Device], strategy: PlacementStrategy,
-                limits: Limits) -> Iterator[Placement]:
+                limits: Limits) -> Iterator[tuple[Mapping[str, str], str]]:
     """Placements whose busiest device is as little busy as can be; what moves counts with its weight, and more."""
     for share in (1.0, 3.0, 10.0):
         slower = [dataclasses.replace(d, network_gbps=(d.network_gbps or 1e3) / share,
@@ -108,22 +113,28 @@ def _candidates(graph: CostGraph, devices: Sequence[Device], strategy: Placement
         except PlacementError:
             return
         if len(set(found.device.values())) > 1:
-            yield found
+            yield found.device, found.method
 
 
 def _timed(timeline: Timeline, split: SplitGraph, device_of: Mapping[str, str], method: str) -> _Pipeline:
     nodes = timeline.problem.graph.nodes
     number = {device.id: index for index, device in enumerate(timeline.problem.devices)}
     device_N = [number[device_of[split.origin[node.id]]] for node in nodes]
+    seconds = {node.id: timeline.seconds[index][device_N[index]] for index, node in enumerate(nodes)}
+    split = interleaved(split, {node.id: device_of[split.origin[node.id]] for node in nodes}, seconds)
     position = {node.name: index for index, node in enumerate(split.gm.graph.nodes)}
-    schedule = timeline.run(device_N, [-position[node.id] for node in nodes])
+    if split.in_order:
+        schedule = timeline.replay(device_N, [(position[node.id], position[node.id] + 1) for node in nodes], {})
+    else:
+        schedule = timeline.run(device_N, [-position[node.id] for node in nodes])
     loads = [0.0] * len(number)
     for index, device in enumerate(device_N):
         loads[device] += timeline.seconds[index][device]
     for _, src, dst, start, end in schedule.transfers:
         loads[src] += end - start
         loads[dst] += end - start
-    return _Pipeline(device_of, schedule, {d.id: loads[i] for i, d in enumerate(timeline.problem.devices)}, method)
+    names = [device.id for device in timeline.problem.devices]
+    return _Pipeline(device_of, split, schedule, dict(zip(names, loads, strict=True)), method)
 
 
 def _time(pipeline: _Pipeline, policy: Policy) -> float:
@@ -160,4 +171,4 @@ def _chosen(best: _Pipeline, unsplit: Partition | None, split: SplitGraph, timel
         assign={name: number[device] for name, device in {**best.device_of, **device_of}.items()},
         seconds={n.id: n.seconds[device_of[n.id]] or 0.0 for n in nodes},
         memory_bytes={n.id: n.memory_bytes for n in nodes}, est_s=est_s, alternatives=(*others, row),
-        placement=placement, pinned=False, split=split)
+        placement=placement, pinned=False, split=best.split)

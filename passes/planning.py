@@ -25,12 +25,15 @@ Assign = Callable[[fx.Node], int]
 
 
 def plan_graph(gm: fx.GraphModule, facts: GraphFacts, guards: GuardFacts | None = None, *,
-               assign: Assign | None = None, num_workers: int = 1, keep_state: bool = False) -> Plan:
+               assign: Assign | None = None, num_workers: int = 1, keep_state: bool = False,
+               in_order: bool = False) -> Plan:
     """A verified plan of the graph.
 
     Args:    assign: node -> worker; None puts all on worker 0.
              keep_state: outputs and new contents of inputs may stay on their workers; what the caller can rebuild
              from fewer bytes does not come whole.
+             in_order: each worker runs its nodes in the order of the graph, which bounds what it holds at a time;
+             otherwise it stays at what it can run as long as it can.
     Raises:  UnsupportedGraphError where a mutation is not the epilogue AOTAutograd makes; PlanError on our own bugs.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -50,7 +53,7 @@ def plan_graph(gm: fx.GraphModule, facts: GraphFacts, guards: GuardFacts | None 
         static_inputs=facts.static_inputs,
         outputs=outputs,
         mutations=tuple((index, source.name) for index, source in epilogue.values()),
-        fragments=_fragments(body, wanted, assign or (lambda node: 0)),
+        fragments=_fragments(body, wanted, assign or (lambda node: 0), in_order),
         num_workers=num_workers,
         aliases=tuple(group for group in groups.values() if len(group) > 1),
         input_views=views,
@@ -158,7 +161,7 @@ def _is_subgraph(node: fx.Node) -> bool:
     return isinstance(value, torch.nn.Module)
 
 
-def _fragments(body: Sequence[fx.Node], wanted: set[str], assign: Assign) -> tuple[Fragment, ...]:
+def _fragments(body: Sequence[fx.Node], wanted: set[str], assign: Assign, in_order: bool) -> tuple[Fragment, ...]:
     """Runs of nodes on one worker, as long as their dependencies allow; their union is every node, once."""
     # A subgraph is not a value: it goes with the node that uses it.
     subgraphs = {n for n in body if _is_subgraph(n)}
@@ -168,7 +171,8 @@ def _fragments(body: Sequence[fx.Node], wanted: set[str], assign: Assign) -> tup
         # A tuple does not travel: its elements are taken where it was made.
         taken_from = node.args[0] if node.target is operator.getitem else None
         placed[node] = placed[taken_from] if isinstance(taken_from, fx.Node) else assign(node)
-    groups = [(worker, _with_subgraphs(run, subgraphs)) for worker, run in _runs(nodes, placed)]
+    runs = _runs_in_order(nodes, placed) if in_order else _runs(nodes, placed)
+    groups = [(worker, _with_subgraphs(run, subgraphs)) for worker, run in runs]
     home = {node: number for number, (_, members) in enumerate(groups) for node in members}
     fragments = []
     rng = RNG_STATE
@@ -219,6 +223,25 @@ def _runs(nodes: Sequence[fx.Node], placed: dict[fx.Node, int]) -> list[tuple[in
             waits[user] -= 1
             if not waits[user]:
                 heapq.heappush(ready.setdefault(placed[user], []), position[user])
+    return runs
+
+
+def _runs_in_order(nodes: Sequence[fx.Node], placed: dict[fx.Node, int]) -> list[tuple[int, list[fx.Node]]]:
+    """Nodes in the graph's order on each worker. A run ends where the next node waits for a run that began after it.
+
+    So runs only read from runs before them, and a worker that waits in one of them does not go on to its next.
+    """
+    runs: list[tuple[int, list[fx.Node]]] = []
+    run_of: dict[fx.Node, int] = {}
+    latest: dict[int, int] = {}
+    for node in nodes:
+        worker = placed[node]
+        needs = max((run_of[source] for source in node.all_input_nodes if source in run_of), default=-1)
+        if worker not in latest or needs > latest[worker]:
+            latest[worker] = len(runs)
+            runs.append((worker, []))
+        run_of[node] = latest[worker]
+        runs[latest[worker]][1].append(node)
     return runs
 
 

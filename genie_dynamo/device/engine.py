@@ -1,8 +1,10 @@
 """Running what was recorded: when, on which worker, and what is left afterwards.
 
 A read runs every live recorded value in one program, so that the worker sees as large a graph as there is; what comes
-down is what was read. Between reads the recording is cut after some thousand ops, each time at the same op of a loop,
-so that the pieces repeat. A value that turned out to fail takes down what hangs on it, and nothing else.
+down is what was read. Between reads the recording is cut, and the piece handed to the worker without waiting for it
+(`genie_dynamo/device/submitted.py`): after some thousand ops, each time at the same op of a loop, so that the pieces
+repeat; and in a loop that reads in each step earlier, so that the worker computes while the step is being recorded. A
+value that turned out to fail takes down what hangs on it, and nothing else; it is raised by the read that wants it.
 """
 from __future__ import annotations
 
@@ -11,26 +13,23 @@ import re
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from genie_dynamo import sessions
-from genie_dynamo.core.errors import RemoteExecutionError, WorkerMemoryError
-from genie_dynamo.core.fragment import encode
-from genie_dynamo.core.plan import Output
+from genie_dynamo.core.errors import GenieError, RemoteExecutionError, WorkerMemoryError
 from genie_dynamo.core.tensors import DTYPES
 from genie_dynamo.device import memory as memories
+from genie_dynamo.device.foreign import admission
 from genie_dynamo.device.memory import new_tensor, value_in
-from genie_dynamo.device.nodes import Call, Failed, Layout, Node, item_of, layout, uploaded
+from genie_dynamo.device.nodes import Call, Failed, Layout, Node, item_of, layout, layout_of, num_tensors, uploaded
+from genie_dynamo.device.program import Program
 from genie_dynamo.device.record import getitem
 from genie_dynamo.device.structure import Recording, Structure, Variant, collect
-from genie_dynamo.passes.facts import GraphFacts
-from genie_dynamo.passes.lower import lower_fragment
-from genie_dynamo.passes.planning import plan_graph
-from genie_dynamo.runtime.client.binding import BoundProgram, bind
-from genie_dynamo.runtime.client.resident import Resident, Uploader, fetch, run_resident
+from genie_dynamo.device.submitted import Submitted
+from genie_dynamo.runtime.client.resident import Answer, Resident, Underway, Uploader, fetch
 from genie_dynamo.runtime.client.session import Session
 from genie_dynamo.runtime.client.workers import WorkerLink
 
@@ -40,6 +39,10 @@ CUT_OPS = 2000
 """A recording of this many ops is cut where the last one was cut."""
 MAX_OPS = 6000
 """A recording is never longer than this."""
+EARLY_OPS = 96
+"""After a read of a loop that is known, the first piece; each one after it is twice as long, up to CUT_OPS."""
+MAX_UNDERWAY = 8
+"""So many runs are handed over before the first of them is waited for."""
 INLINE_BYTES = 64 << 10
 """CPU tensors below this go up with the run that uses them, larger ones at once."""
 MAX_STRUCTURES = 512
@@ -52,7 +55,10 @@ class Engine:
         self.lock = threading.RLock()
         self.structures: dict[tuple[Any, ...], Structure] = {}
         self.counters = {"ops": 0, "runs": 0, "programs": 0, "cuts": 0}
+        self.next_cut = CUT_OPS                        # of so many ops, `maybe_cut` is to be asked
+        self._repeats = False                          # the last long recording that was read is one that came before
         self._anchor: Call | None = None
+        self._underway: list[Submitted] = []           # in the order in which they were sent
         self._uploader = Uploader()
         self._rng_state: Node | None = None            # the generator's state before ...
         self._rng_tail: Node | None = None             # ... the random nodes up to this one
@@ -60,11 +66,43 @@ class Engine:
     # -- recording --------------------------------------------------------------------------------------------
 
     def maybe_cut(self, call: Call) -> None:
-        """Run what was recorded, if it is long. Called before a node is made: nothing may be half recorded."""
-        if len(memories.fresh) > MAX_OPS or call is self._anchor:
+        """Hand over what was recorded, if it is long. Called before a node is made: nothing may be half recorded."""
+        count = len(memories.fresh)
+        if self.next_cut < CUT_OPS:
+            if not admission.depth:                    # inside a capture somebody may want the graph
+                self._cut()
+                self.next_cut = min(2 * self.next_cut, CUT_OPS)
+                return
+            self.next_cut = CUT_OPS
+        if count > MAX_OPS or (count > CUT_OPS and call is self._anchor):
             self._anchor = call
+            self._cut()
+
+    def _cut(self) -> None:
+        """Hand over everything recorded that lives. Raises: WorkerError."""
+        with self.lock:
             self.counters["cuts"] += 1
-            self.run(())
+            roots, holders = self._roots()
+            tail = self._rng_tail
+            if not roots and tail is None:
+                return
+            if admission.spread is not None:
+                _list_again(holders)
+                self.run(())
+                return
+            try:
+                recording = collect(roots, (), () if tail is None else (tail,))
+                if self._failed_leaves(recording):
+                    self.run(())
+                    return
+                self._submit(recording, holders)
+                if len(self._underway) > MAX_UNDERWAY:
+                    self._answer_of_first()
+            except GenieError:
+                self._undo()
+                self.run(())
+            finally:
+                _list_again(holders)
 
     def random_node(self, call: Call, inputs: Sequence[Node], scalars: Sequence[Any]) -> Node:
         """The node of an op that draws: after the one that drew last."""
@@ -81,6 +119,8 @@ class Engine:
         Args: stays: more than one run will want it.
         """
         node = uploaded(tensor.detach().clone())
+        if admission.spread is not None:
+            return node
         if stays or tensor.numel() * tensor.element_size() >= INLINE_BYTES:
             with self.lock:
                 self._put(node, *self.place())
@@ -107,10 +147,14 @@ class Engine:
             self._rng_state, self._rng_tail = uploaded(state.detach().clone().cpu()), None
 
     def _settle_random(self) -> None:
-        if self._rng_tail is not None:
+        if self._rng_tail is not None or self._underway:
             self.run(())
 
     def _generator(self) -> Node:
+        if self._rng_state is not None and _gone(self._rng_state, *self.place()):
+            log.warning("the state of remote_accelerator's generator was lost with its worker; it starts anew from "
+                        "torch.initial_seed()")
+            self._rng_state = None
         if self._rng_state is None:
             self._rng_state = uploaded(torch.Generator().manual_seed(torch.initial_seed()).get_state())
         return self._rng_state
@@ -138,18 +182,31 @@ class Engine:
                 todo = [node for node in returned if node.value is None]
                 roots, holders = self._roots()
                 tail = self._rng_tail
-                if not roots and not todo and tail is None:
-                    return [self.value_of(node) for node in returned]
+                alone = not self._underway
+                recording = None
+                came: list[Any] = []
                 try:
-                    recording = collect(roots, todo, () if tail is None else (tail,))
-                    if self._spread(recording, {leaf for leaf in recording.leaves if type(leaf.value) is Failed}):
-                        continue
-                    came = self._run_recording(recording)
-                except (RemoteExecutionError, WorkerMemoryError) as error:
+                    if roots or todo or tail is not None:
+                        recording = collect(roots, todo, () if tail is None else (tail,))
+                        if self._spread(recording, self._failed_leaves(recording)):
+                            continue
+                        came = self._run_recording(recording, holders)
+                    elif self._underway:
+                        self._wait()
+                except GenieError as error:
+                    self._undo()
+                    if not alone:
+                        continue               # with what was sent before: which of them fails is to be found out
+                    if recording is None or not isinstance(error, RemoteExecutionError | WorkerMemoryError):
+                        raise
                     self._fail(recording, error)
                     continue
+                except BaseException:
+                    self._undo(wait=False)
+                    raise
                 finally:
                     _list_again(holders)
+                self.next_cut = min(EARLY_OPS, CUT_OPS) if self._repeats else CUT_OPS
                 here = dict(zip(todo, came, strict=True))
                 return [here[node] if node in here else self.value_of(node) for node in returned]
 
@@ -158,9 +215,12 @@ class Engine:
         _raise_if_failed(node)
         value = node.value
         if isinstance(value, torch.Tensor):
-            return value
+            return value.detach().clone()
         if value is None:
             return self.run((node,))[0]
+        if self._underway:
+            self.run(())                       # the value is there when they have been answered, and they may fail
+            return self.value_of(node)
         session, link = self.place()
         value.check(session, link)
         return fetch(session, value)
@@ -188,40 +248,89 @@ class Engine:
             if node.value is None:
                 holders.append(storage)
                 roots[node] = None
-            elif isinstance(node.value, torch.Tensor):
+            elif isinstance(node.value, torch.Tensor) and admission.spread is None:
                 self._put(node, *self.place())
         return list(roots), holders
 
-    def _run_recording(self, recording: Recording) -> list[Any]:
+    def _run_recording(self, recording: Recording, holders: Sequence[Any]) -> list[Any]:
+        if admission.spread is not None:
+            return self._run_spread(recording, admission.spread)
+        known = recording.key in self.structures
+        program = self._submit(recording, holders)
+        values = self._wait().values
+        if len(recording.nodes) > EARLY_OPS or not known:
+            self._repeats = known
+        return [values[i] for i in program.returned]
+
+    def _run_spread(self, recording: Recording, spread: Any) -> list[Any]:
+        """Run it over several workers: what it leaves comes here."""
+        values: list[Any] = spread.run(recording, self.value_of)
+        self.counters["runs"] += 1
+        self._rng_tail = None
+        for index, value in zip(recording.kept, values[len(recording.returned):], strict=True):
+            _landed(recording.nodes[index], value)
+        return values[: len(recording.returned)]
+
+    def _submit(self, recording: Recording, holders: Sequence[Any]) -> Program:
+        """Send a recording to the worker; what it leaves counts as resident from here on."""
         session, link = self.place()
-        for leaf in recording.leaves:
-            if type(leaf.value) is Resident:
-                leaf.value.check(session, link)
         _, numbers, program = self._program(session, link, recording)
         random = program.random
         keeps = [Resident(session, link, _size_of(recording.nodes[i].layout)) for i in recording.kept]
         if random:
             keeps.append(Resident(session, link, 0))
         leaves = [leaf.value for leaf in recording.leaves]
-        state = self._generator().value if random else None
-        if type(state) is Resident:
-            state.check(session, link)
-        answer = run_resident(session, program.bound, [*leaves, *numbers], state, program.in_order(keeps),
-                              session.config.timeout_s)
+        state = self._generator() if random else None
+        in_order = program.in_order(keeps)
+        run = Underway(session, program.bound, [*leaves, *numbers], None if state is None else state.value, in_order,
+                       session.config.timeout_s)
         self.counters["runs"] += 1
-        self._commit(recording, program, keeps, answer.forms, random=random)
-        return [answer.values[i] for i in program.returned]
-
-    def _commit(self, recording: Recording, program: Program, keeps: Sequence[Resident], forms: Sequence[Any],
-                *, random: bool) -> None:
-        for resident, form in zip(program.in_order(keeps), forms, strict=True):
-            resident.form = form
-        for index, resident in zip(recording.kept, keeps, strict=False):
-            _adopt(recording.nodes[index], resident)
+        self._underway.append(Submitted(run, recording, keeps, in_order, holders,
+                                        (state, self._rng_tail) if random else None))
         if random:
             self._rng_state = Node(None, (), (), None)
             self._rng_state.value = keeps[-1]
             self._rng_tail = None
+        return program
+
+    def _wait(self) -> Answer:
+        """The answer of the last of the runs under way, when all have come. Raises: what has stopped one of them."""
+        while True:
+            answer = self._answer_of_first()
+            if not self._underway:
+                return answer
+
+    def _answer_of_first(self) -> Answer:
+        answer = self._underway[0].run.wait()
+        self._underway.pop(0).answered(answer)
+        return answer
+
+    def _undo(self, *, wait: bool = True) -> None:
+        """Take back what is under way, and record it again: one of them has failed.
+
+        Args: wait: for each to end, so that its values are freed after they have come to be.
+        """
+        while self._underway:
+            last = self._underway.pop()
+            if not last.run.over and wait:
+                with suppress(GenieError):
+                    last.run.wait()
+            elif not last.run.over:
+                last.run.abandon()
+            _list_again(last.undo())
+            if last.generator is not None:
+                self._rng_state, tail = last.generator
+                self._rejoin(tail)
+
+    def _rejoin(self, tail: Node | None) -> None:
+        """Let the random nodes that were recorded since follow `tail` again."""
+        first = self._rng_tail
+        if first is None or tail is None:
+            self._rng_tail = tail or first
+            return
+        while (before := _before(first)) is not None:
+            first = before
+        first.inputs = (*first.inputs, tail)
 
     def _program(self, session: Session, link: WorkerLink,
                  recording: Recording) -> tuple[Variant, list[Any], Program]:
@@ -249,30 +358,43 @@ class Engine:
         broken = [recording.nodes[names.index(found[1])]] if found and found[1] in names else recording.nodes
         for node in broken:
             node.value = Failed(error)
-            node.inputs = ()
         self._spread(recording, set(broken))
 
+    def _failed_leaves(self, recording: Recording) -> set[Node]:
+        """The leaves that cannot be had, those among them whose worker is gone included. Raises: WorkerLostError."""
+        session, link = self.place()
+        for leaf in recording.leaves:
+            error = _gone(leaf, session, link)
+            if error is not None:
+                leaf.value = Failed(error)
+        return {leaf for leaf in recording.leaves if type(leaf.value) is Failed}
+
     def _spread(self, recording: Recording, broken: set[Node]) -> bool:
-        """Fail what hangs on broken nodes; whether there is any."""
+        """Fail what hangs on broken nodes; whether there is any. What only draws after one of them draws all the same.
+        """
         if not broken:
             return False
+        followed: dict[Node, Node] = {}
+
+        def sound(node: Node | None) -> Node | None:
+            while node is not None and node in broken:
+                node = followed.get(node)
+            return node
+
         for node in recording.nodes:
-            causes = [source for source in node.inputs if source in broken and source is not self._before(node)]
+            before = _before(node)
+            if before is not None:
+                followed[node] = before
+                last = sound(before)
+                node.inputs = (*node.inputs[:-1], *(() if last is None else (last,)))
+            causes = [source for source in node.inputs if source in broken]
             if causes:
                 broken.add(node)
                 node.value = Failed(causes[0].value.error)
+            if node in broken:
                 node.inputs = ()
-        if self._rng_tail is not None and type(self._rng_tail.value) is Failed:
-            self._rng_tail = None
+        self._rng_tail = sound(self._rng_tail)
         return True
-
-    def _before(self, node: Node) -> Node | None:
-        """The random node that a random node only has to follow."""
-        assert node.call is not None
-        if not node.call.random or not node.inputs:
-            return None
-        last = node.inputs[-1]
-        return last if last.call is not None and last.call.random and last.value is None else None
 
     # -- ops whose shapes hang on values ----------------------------------------------------------------------
 
@@ -292,36 +414,21 @@ class Engine:
             self.run(())
             for part in parts:
                 _raise_if_failed(part)
-                code, shape, stride = part.value.form
-                part.layout = layout(shape, stride, 0, DTYPES[code])
+                if isinstance(part.value, torch.Tensor):
+                    part.layout = layout_of(part.value)
+                else:
+                    code, shape, stride = part.value.form
+                    part.layout = layout(shape, stride, 0, DTYPES[code])
             del holders
         return [new_tensor(part) for part in parts]
 
 
-class Program:
-    """A variant, planned and loaded on one worker."""
-
-    def __init__(self, session: Session, link: WorkerLink, variant: Variant, recording: Recording) -> None:
-        graph = variant.graph
-        facts = GraphFacts(kind="inference", static_inputs=(), bumped=frozenset(),
-                           num_outputs=len(recording.returned))
-        plan = plan_graph(graph, facts)
-        self.random = plan.final_rng is not None
-        if plan.final_rng is not None:
-            plan = replace(plan, outputs=(*plan.outputs, Output(kind="saved", name=plan.final_rng)))
-        specs = {f.fragment_id: encode(lower_fragment(graph, node_names=f.node_names, inputs=f.inputs,
-                                                      outputs=f.outputs)) for f in plan.fragments}
-        self.plan = plan
-        binding = bind(session, plan, specs, [link], session.config.worker_compiler, session.config.timeout_s)
-        self.bound: BoundProgram = binding.first
-        names = [o.name for o in plan.outputs]
-        self.returned = tuple([self.bound.return_names.index(n) for n in names[: len(recording.returned)]])
-        kept = names[len(recording.returned):]
-        self._order = tuple([kept.index(name) for name in self.bound.keep_names])
-
-    def in_order(self, keeps: Sequence[Resident]) -> list[Resident]:
-        """What the program keeps, in its own order."""
-        return [keeps[i] for i in self._order]
+def _landed(node: Node, value: torch.Tensor) -> None:
+    """The node's value is here; it lies in memory as the node says."""
+    own = node.layout
+    if own is not None and value.stride() != own.stride and value.shape == own.shape:
+        value = torch.empty_strided(own.shape, own.stride, dtype=own.dtype).copy_(value)
+    node.value, node.call, node.inputs, node.scalars = value, None, (), ()
 
 
 def _list_again(holders: Sequence[Any]) -> None:
@@ -329,18 +436,22 @@ def _list_again(holders: Sequence[Any]) -> None:
     memories.fresh += [weakref.ref(storage) for storage in holders if value_in(storage).value is None]
 
 
-_INEXACT = Call(None, (), {}, (), (), exact=False)
+def _before(node: Node) -> Node | None:
+    """The random node that a random node only has to follow: its last input, where its op does not take so many."""
+    call = node.call
+    if call is None or not call.random or len(node.inputs) <= num_tensors((call.args, call.kwargs)):
+        return None
+    return node.inputs[-1]
 
 
-def _adopt(node: Node, resident: Resident) -> None:
-    """The node's value is there now: what it was made of is no longer needed."""
-    _, shape, stride = resident.form
-    own = node.layout
-    matches = own is not None and own.shape == shape and own.stride == stride
-    node.call = None if matches and node.exact else _INEXACT
-    node.value = resident
-    node.inputs = ()
-    node.scalars = ()
+def _gone(node: Node, session: Session, link: WorkerLink) -> GenieError | None:
+    """Why a resident value can no longer be had; None where it can."""
+    try:
+        if type(node.value) is Resident:
+            node.value.check(session, link)
+    except GenieError as error:
+        return error
+    return None
 
 
 def _raise_if_failed(node: Node) -> None:

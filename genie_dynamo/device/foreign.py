@@ -21,10 +21,11 @@ NAME = "remote_accelerator"
 
 class _Admission(threading.local):
     depth = 0
+    spread: Any = None
 
 
 admission = _Admission()
-"""How many captures this thread is inside."""
+"""How many captures this thread is inside, and the device.spread.Spread that its recordings run over, if any."""
 
 _known: MutableMapping[Tensor, tuple[Any, Node]] = WeakIdKeyDictionary()
 """By tensor: its version, layout and some elements when it was sent, and the node of what it held."""
@@ -51,6 +52,8 @@ def _sent_once(tensor: Tensor) -> Node:
     """The node of a CPU tensor inside a capture; sent again only where it has changed."""
     if tensor.is_inference():
         return _upload(tensor)
+    if admission.spread is not None and tensor._base is None:
+        return admission.spread.leaf(tensor)  # type: ignore[no-any-return]
     base = tensor._base
     if base is not None and base.dtype == tensor.dtype and base.is_contiguous() and not tensor.is_conj():
         # What a layer makes of its weight on the way here is a new tensor each time; the weight itself is not.

@@ -64,7 +64,7 @@ def functional(target: OpOverload) -> Kernel:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         key, inputs, scalars = gather(args, kwargs)
         call = calls.get(key) or own.call(key, args, kwargs, inputs)
-        if len(fresh) > engines.CUT_OPS:
+        if len(fresh) > engine.next_cut:
             engine.maybe_cut(call)
         if call.single is None or call.random:
             return outputs_of(own, call, inputs, scalars)
@@ -83,7 +83,7 @@ def _unary(general: Kernel) -> Kernel:
     found: dict[Any, Call] = {}
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and len(fresh) <= engines.CUT_OPS:
+        if len(args) == 1 and not kwargs and len(fresh) <= engine.next_cut:
             try:
                 node = storage_of(args[0]).genie
                 if type(node) is not Node:
@@ -115,7 +115,7 @@ def _binary(general: Kernel) -> Kernel:
             except _NOT_QUICK:
                 pass
             else:
-                if len(fresh) <= engines.CUT_OPS:
+                if len(fresh) <= engine.next_cut:
                     return recorded(call, inputs, scalars)
         result = general(*args, **kwargs)
         if len(args) == 2 and not kwargs and isinstance(result, Tensor):
@@ -245,7 +245,7 @@ class Mutation:
             key, inputs, scalars = self._try.gather(args, kwargs)
             known = self._known.get(key)
             if known is not None:
-                if len(fresh) > engines.CUT_OPS:
+                if len(fresh) > engine.next_cut:
                     engine.maybe_cut(known)
                 node = self.op.node(known, inputs, scalars)
                 if known.single is not None:
@@ -280,7 +280,7 @@ class Mutation:
         positional = [passed.pop(name) for name in self.twin.positional if name in passed]
         key, inputs, scalars = self.op.gather(positional, passed)
         call = self.op.calls.get(key) or self.op.call(key, positional, passed, inputs)
-        if len(fresh) > engines.CUT_OPS:
+        if len(fresh) > engine.next_cut:
             engine.maybe_cut(call)
         node = self.op.node(call, inputs, scalars)
         if call.single is not None:
@@ -364,7 +364,7 @@ def mutation(target: OpOverload) -> Kernel | None:
         if not made:
             made.append(Mutation(target, twin))
         general = made[0]
-        if len(args) == 2 and not kwargs and len(fresh) <= engines.CUT_OPS:
+        if len(args) == 2 and not kwargs and len(fresh) <= engine.next_cut:
             try:
                 call, inputs, scalars = _pair(general.pairs, *args)
             except _NOT_QUICK:

@@ -111,12 +111,13 @@ def memory_of(tensor: Tensor) -> Memory | None:
     """The memory of a tensor of the device; None for any other."""
     try:
         storage: Any = storage_of(tensor)
-        found = storage.genie
+        found: Any = storage.genie
     except (AttributeError, NotImplementedError, RuntimeError):       # no storage, or of another device
         return None
     if type(found) is Node:
         found = storage.genie = Memory(storage, found)
-    return found
+    known: Memory = found
+    return known
 
 
 def read(tensor: Tensor, memory: Memory) -> Node:

@@ -85,6 +85,15 @@ class Slot:
         return f"{self.kind}{self.index}"
 
 
+def num_tensors(tree: Any) -> int:
+    """How many inputs a call's arguments have places for."""
+    if isinstance(tree, list | tuple):
+        return sum(map(num_tensors, tree))
+    if isinstance(tree, dict):
+        return num_tensors(tuple(tree.values()))
+    return int(type(tree) is Slot and tree.kind == "t")
+
+
 _skeletons: dict[Any, int] = {}
 _skeleton_numbers = itertools.count()
 

@@ -164,7 +164,10 @@ def build(recording: Recording, groups: Sequence[Sequence[int]] = (), *, describ
         mine = [symbols.get(at + i, recording.numbers[at + i]) for i in range(len(call.numbers) + len(node.scalars))]
         at += len(mine)
         made = _call(graph, call, [place[source] for source in node.inputs], mine)
-        if described or index in outputs:
+        if described and node.layout is None:
+            if call.outs:
+                made.meta["val"] = _parts_of(call.outs)
+        elif described or index in outputs:
             _described(made, node.layout)
         place[node] = made
         built.append(made)
@@ -183,3 +186,13 @@ def _described(node: fx.Node, own: Layout | None) -> fx.Node:
     if own is not None:
         node.meta["val"] = meta_of(own)
     return node
+
+
+def _parts_of(outs: Sequence[tuple[tuple[int, ...], Layout]]) -> tuple[Any, ...]:
+    """Meta tensors of an op's several outputs, in its structure; None where an output is left out."""
+    parts: list[Any] = [None] * (1 + max(path[0] for path, _ in outs))
+    for index in range(len(parts)):
+        inside = [(path[1:], own) for path, own in outs if path[0] == index]
+        if inside:
+            parts[index] = _parts_of(inside) if inside[0][0] else meta_of(inside[0][1])
+    return tuple(parts)

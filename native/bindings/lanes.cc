@@ -10,6 +10,7 @@
 #include "bindings/bindings.h"
 #include "gpu/driver.h"
 #include "lane/channel.h"
+#include "lane/fork.h"
 #include "lane/inproc.h"
 #include "lane/shm.h"
 #include "lane/tcp.h"
@@ -82,12 +83,14 @@ class PyListener {
   explicit PyListener(std::unique_ptr<Listener> listener) : listener_(std::move(listener)) {}
 
   [[nodiscard]] Listener& get() const {
+    if (generation_ != fork_generation()) throw LaneError("the listener belongs to the process that this one was forked from");
     if (listener_ == nullptr) throw LaneError("the listener is closed");
     return *listener_;
   }
   void close() { listener_.reset(); }
 
  private:
+  const unsigned generation_ = fork_generation();
   std::unique_ptr<Listener> listener_;
 };
 
@@ -159,15 +162,18 @@ void bind_lanes(py::module_& module) {
       .def(
           "wait_ended",
           [](Channel& self, std::uint64_t id, double timeout_s) {
-            End end = End::kPending;
+            std::optional<End> end;
             {
               const py::gil_scoped_release release;
               end = self.wait_ended(id, deadline_in(timeout_s));
             }
             HeldBuffers::sweep();
-            return genie::name_of(end);
+            return end ? py::object(py::str(genie::name_of(*end))) : py::object(py::none());
           },
-          py::arg("id"), py::arg("timeout_s"), "How a watched transfer ended, said once; PENDING where it has not.")
+          py::arg("id"), py::arg("timeout_s"),
+          "How a watched transfer ended; PENDING where it has not, None for one that is not watched.")
+      .def("forget", &Channel::forget, py::arg("id"), py::call_guard<py::gil_scoped_release>(),
+           "Watch a transfer no longer.")
       .def("bytes_moved", &Channel::bytes_moved, py::call_guard<py::gil_scoped_release>(),
            "How many bytes of an open transfer have left this side.")
       .def("cancel", &Channel::cancel, py::call_guard<py::gil_scoped_release>())
@@ -190,7 +196,11 @@ void bind_lanes(py::module_& module) {
       .def_property_readonly("close_end", [](const Channel& self) { return genie::name_of(self.close_end()); })
       .def_property_readonly("name", [](const Channel& self) { return std::string(self.capabilities().name); })
       .def_property_readonly("off_host", [](const Channel& self) { return self.capabilities().off_host; })
-      .def("statistics", [](const Channel& self) { return to_dict(self.statistics()); });
+      .def("statistics", [](const Channel& self) {
+        py::dict row = to_dict(self.statistics());
+        for (const auto& [name, value] : self.details()) row[name.c_str()] = value;
+        return row;
+      }, "What the lane has counted; a dpdk lane adds its session's and its port's counters.");
 
   py::class_<PyListener>(module, "Listener")
       .def("accept",

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dpdk/hub.h"
+#include "lane/fork.h"
 #include "lane/lane.h"
 
 namespace genie::dpdk {
@@ -38,6 +39,7 @@ class DpdkLane final : public Lane, public Hub::Client {
   [[nodiscard]] bool quiet() const noexcept override;
   void close() noexcept override;
   [[nodiscard]] Statistics statistics() const noexcept override;
+  [[nodiscard]] std::vector<std::pair<std::string, std::uint64_t>> details() const override;
 
   void on_event(protocol::Nanoseconds now, const protocol::Event& event) noexcept override;
   void on_events_told() noexcept override;
@@ -57,6 +59,7 @@ class DpdkLane final : public Lane, public Hub::Client {
   struct Arrived {
     std::uint64_t id = 0;
     std::uint64_t epoch = 0;
+    std::uint64_t whole_bytes = 0;
     std::vector<Buffer> buffers;
   };
   struct Ended {
@@ -69,6 +72,7 @@ class DpdkLane final : public Lane, public Hub::Client {
   [[nodiscard]] bool open(Landing& landing, Arrived& arrived) noexcept;
   void shut(End why, const char* reason) noexcept;
 
+  const unsigned generation_ = fork_generation();
   const std::shared_ptr<Hub> hub_;
   const int wait_fd_;
   Capabilities capabilities_;
@@ -77,6 +81,8 @@ class DpdkLane final : public Lane, public Hub::Client {
   std::uint64_t last_id_ = 0;
   std::map<protocol::TransferId, Sending> sending_;
   std::map<protocol::TransferId, Landing> landing_;
+  std::deque<protocol::Event> waiting_;   // offers for which there is no room yet
+  std::uint64_t untaken_bytes_ = 0;       // of landing_ and arrived_
   std::deque<Arrived> arrived_;
   std::vector<Ended> ended_;
   std::vector<Sending> done_;

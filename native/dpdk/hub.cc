@@ -7,9 +7,11 @@
 #include <algorithm>
 #include <chrono>
 #include <map>
+#include <new>
 #include <utility>
 
 #include "dpdk/eal.h"
+#include "lane/fork.h"
 
 namespace genie::dpdk {
 namespace {
@@ -26,6 +28,7 @@ constexpr std::pair<Nanoseconds, Nanoseconds> kNaps[] = {           // idle for 
     {protocol::kNever, 500 * protocol::kMicrosecond},
 };
 
+const unsigned generation = fork_generation();   // of the process that loaded this
 std::mutex live_mutex;
 std::vector<Hub*> live;
 std::mutex hubs_mutex;
@@ -43,6 +46,10 @@ Nanoseconds nap_after(Nanoseconds idle) noexcept {
 Nanoseconds now_ns() noexcept {
   return static_cast<Nanoseconds>(
       std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count());
+}
+
+void keep_for_ever(const std::shared_ptr<Hub>& hub) noexcept {
+  static_cast<void>(new (std::nothrow) std::shared_ptr<Hub>(hub));
 }
 
 std::shared_ptr<Hub> Hub::open(const PortSpec& spec) {
@@ -67,6 +74,7 @@ Hub::~Hub() {
 }
 
 void Hub::stop_all() noexcept {
+  if (generation != fork_generation()) return;   // the threads and ports are those of the process that forked
   const std::lock_guard lock(live_mutex);
   for (Hub* hub : live) hub->stop();
 }
@@ -89,9 +97,13 @@ void Hub::unlisten(Greeter& greeter) noexcept {
   std::erase_if(greeters_, [&](const Waiting& waiting) { return waiting.greeter == &greeter; });
 }
 
-void Hub::lose(double chance, std::uint64_t seed) noexcept {
-  loss_ = chance;
-  random_ = seed | 1;
+void Hub::lose_all(double chance, std::uint64_t seed) noexcept {
+  const std::lock_guard lock(live_mutex);
+  for (Hub* hub : live) {
+    const Lock hold(hub->mutex_);
+    hub->loss_ = chance;
+    hub->random_ = seed | 1;
+  }
 }
 
 bool Hub::is_lost() noexcept {

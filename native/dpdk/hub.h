@@ -19,6 +19,10 @@ namespace genie::dpdk {
 
 [[nodiscard]] protocol::Nanoseconds now_ns() noexcept;
 
+class Hub;
+// For a forked child, which has no thread that moves the port and must not close what is its parent's.
+void keep_for_ever(const std::shared_ptr<Hub>& hub) noexcept;
+
 class Hub {
  public:
   // A session on this port. Its functions are called with the hub's lock held.
@@ -46,6 +50,9 @@ class Hub {
 
   // Ends every lane of this process in LOCAL and closes every port: what has to come before stop_eal().
   static void stop_all() noexcept;
+  // For tests and benches: the chance that a frame is lost instead of sent, on every port of this process that is open
+  // now, decided by a seeded generator.
+  static void lose_all(double chance, std::uint64_t seed) noexcept;
 
   using Lock = std::unique_lock<std::mutex>;
 
@@ -66,8 +73,6 @@ class Hub {
   void unlisten(Greeter& greeter) noexcept;
   // Moves what can be moved now; returns how many frames came or went.
   std::size_t pump() noexcept;
-  // For tests and benches: the chance that a frame to be sent is lost, decided by a seeded generator.
-  void lose(double chance, std::uint64_t seed) noexcept;
 
  private:
   struct Waiting {

@@ -28,6 +28,7 @@ constexpr std::uint32_t kManifestMagic = 0x464D4E47;
 constexpr std::size_t kManifestHead = 16;  // magic, number of slices, id
 constexpr std::size_t kAlignment = 64;
 constexpr std::array<std::byte, kAlignment> kPadding{};
+constexpr std::uint64_t kMaxUntakenBytes = std::uint64_t{256} << 20;   // landed, and nobody has polled for it yet
 constexpr Nanoseconds kLongest = 3600 * protocol::kSecond;  // of a transfer without a deadline
 
 constexpr std::size_t aligned(std::size_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; }
@@ -48,6 +49,7 @@ DpdkLane::DpdkLane(std::shared_ptr<Hub> hub, const protocol::Config& config, pro
 DpdkLane::~DpdkLane() {
   close();
   ::close(wait_fd_);
+  if (generation_ != fork_generation()) keep_for_ever(hub_);
 }
 
 Posted DpdkLane::post(const Transfer& transfer) noexcept try {
@@ -117,7 +119,11 @@ void DpdkLane::on_event(Nanoseconds now, const Event& event) noexcept {
   }
   if (event.direction == Direction::kIncoming) {
     if (event.end != End::kOk) {
-      landing_.erase(event.transfer);
+      std::erase_if(waiting_, [&](const Event& offer) { return offer.transfer == event.transfer; });
+      if (const auto at = landing_.find(event.transfer); at != landing_.end()) {
+        untaken_bytes_ -= at->second.ticket.size_bytes;
+        landing_.erase(at);
+      }
     } else if (const auto at = landing_.find(event.transfer); at != landing_.end()) {
       at->second.is_whole = true;
     }
@@ -132,8 +138,13 @@ void DpdkLane::on_event(Nanoseconds now, const Event& event) noexcept {
   sending_.erase(at);
 }
 
+// The port's thread lands what comes, whoever polls or not; what nobody polls for is bounded, and the sender waits.
 void DpdkLane::on_offered(Nanoseconds now, const Event& event) noexcept {
   try {
+    if (untaken_bytes_ > 0 && untaken_bytes_ + event.ticket.size_bytes > kMaxUntakenBytes) {
+      waiting_.push_back(event);
+      return;
+    }
     Landing landing{event.ticket, land(event.ticket.size_bytes), false};
     if (landing.memory.data == nullptr) {
       session_.refuse(event.transfer);
@@ -141,7 +152,11 @@ void DpdkLane::on_offered(Nanoseconds now, const Event& event) noexcept {
     }
     protocol::Sink sink{{{landing.memory.data, event.ticket.size_bytes}}};
     landing_.emplace(event.transfer, std::move(landing));
-    if (!session_.accept(now, event.transfer, std::move(sink), kLongest)) landing_.erase(event.transfer);
+    if (session_.accept(now, event.transfer, std::move(sink), kLongest)) {
+      untaken_bytes_ += event.ticket.size_bytes;
+    } else {
+      landing_.erase(event.transfer);
+    }
   } catch (const std::bad_alloc&) {
     session_.refuse(event.transfer);
   }
@@ -157,6 +172,7 @@ void DpdkLane::on_events_told() noexcept {
       continue;
     }
     Arrived arrived;
+    arrived.whole_bytes = at->second.ticket.size_bytes;
     const bool sound = open(at->second, arrived);
     at = landing_.erase(at);
     if (!sound) {
@@ -219,12 +235,18 @@ std::size_t DpdkLane::poll(Sink& sink) noexcept {
     const auto lock = hub_->lock();
     if (attached_) hub_->pump();
     armed_ = false;
-    if (rung_) {
+    if (rung_.exchange(false)) {
       std::uint64_t rings = 0;
       [[maybe_unused]] const ssize_t got = ::read(wait_fd_, &rings, sizeof rings);
-      rung_ = false;
     }
     arrived.swap(arrived_);
+    for (const Arrived& one : arrived) untaken_bytes_ -= one.whole_bytes;
+    while (!arrived.empty() && !waiting_.empty() && !closed_ &&
+           (untaken_bytes_ == 0 || untaken_bytes_ + waiting_.front().ticket.size_bytes <= kMaxUntakenBytes)) {
+      const Event offer = waiting_.front();
+      waiting_.pop_front();
+      on_offered(now_ns(), offer);
+    }
     ended.swap(ended_);
     done.swap(done_);
     tell_closed = closed_ && !told_closed_;
@@ -245,9 +267,9 @@ bool DpdkLane::arm(bool for_ends) noexcept {
 }
 
 void DpdkLane::wake() noexcept {
-  rung_ = true;
   const std::uint64_t one = 1;
   [[maybe_unused]] const ssize_t written = ::write(wait_fd_, &one, sizeof one);
+  rung_ = true;   // after the write: whoever takes it off finds what was written, or looks once more
 }
 
 bool DpdkLane::cancel(std::uint64_t id) noexcept {
@@ -264,6 +286,7 @@ bool DpdkLane::quiet() const noexcept {
 }
 
 void DpdkLane::close() noexcept {
+  if (generation_ != fork_generation()) return;
   const auto lock = hub_->lock();
   if (!attached_) return;
   session_.close();
@@ -279,18 +302,11 @@ Statistics DpdkLane::statistics() const noexcept {
   return facts_;
 }
 
-void lose_frames(Lane& lane, double chance, std::uint64_t seed) {
-  auto& hub = dynamic_cast<DpdkLane&>(lane).hub();
-  const auto lock = hub.lock();
-  hub.lose(chance, seed);
-}
-
-std::vector<std::pair<std::string, std::uint64_t>> facts_of(Lane& lane) {
-  auto& own = dynamic_cast<DpdkLane&>(lane);
-  const auto lock = own.hub().lock();
-  const protocol::Stats stats = own.session_.stats();
-  const PortStats& port = own.hub().port().stats();
-  return {{"chunk_bytes", own.session_.chunk_bytes()},       {"chunks_sent_again", stats.chunks_sent_again},
+std::vector<std::pair<std::string, std::uint64_t>> DpdkLane::details() const {
+  const auto lock = hub_->lock();
+  const protocol::Stats stats = session_.stats();
+  const PortStats& port = hub_->port().stats();
+  return {{"chunk_bytes", session_.chunk_bytes()},           {"chunks_sent_again", stats.chunks_sent_again},
           {"timeouts", stats.timeouts},                      {"duplicates", stats.duplicates},
           {"bad_frames", stats.bad_frames},                  {"bad_digests", stats.bad_digests},
           {"bad_tickets", stats.bad_tickets},                {"stale_frames", stats.stale_frames},
@@ -298,7 +314,7 @@ std::vector<std::pair<std::string, std::uint64_t>> facts_of(Lane& lane) {
           {"frames_in", port.frames_in},                     {"frames_out", port.frames_out},
           {"foreign_frames", port.foreign_frames},           {"not_taken", port.not_taken},
           {"no_buffer", port.no_buffer},                     {"linearised", port.linearised},
-          {"gathered", port.gathered}};
+          {"gathered", port.gathered},                       {"untaken_bytes", untaken_bytes_}};
 }
 
 }  // namespace genie::dpdk

@@ -8,6 +8,7 @@
 
 #include <chrono>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "dpdk/port.h"
@@ -19,14 +20,12 @@ namespace genie::dpdk {
 [[nodiscard]] PortSpec parse_port(const std::string& name);
 
 // `directory`: where memif's sockets go; only the user may enter it.
-[[nodiscard]] std::unique_ptr<Listener> listen_dpdk(const std::string& port, const std::string& directory);
+// `digest`: on every chunk that comes here, whatever a transfer asks for; by default where the port leaves the host.
+[[nodiscard]] std::unique_ptr<Listener> listen_dpdk(const std::string& port, const std::string& directory,
+                                                    std::optional<bool> digest = {});
 // `port`: of this end; `address`: what the listener said. Throws LaneError.
 [[nodiscard]] std::unique_ptr<Lane> connect_dpdk(const std::string& port, const std::string& address,
-                                                 std::chrono::milliseconds timeout);
-
-// For tests and benches: lose this share of the frames that the lane's port sends.
-void lose_frames(Lane& lane, double chance, std::uint64_t seed);
-// Frames sent again, timeouts and the like, for benches: (name, value).
-[[nodiscard]] std::vector<std::pair<std::string, std::uint64_t>> facts_of(Lane& lane);
+                                                 std::chrono::milliseconds timeout,
+                                                 std::optional<bool> digest = {});
 
 }  // namespace genie::dpdk

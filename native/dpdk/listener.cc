@@ -3,6 +3,7 @@
 //     memif|SOCKET                 a Unix socket, over which the listener says which memif it has made for who connects
 //     KIND|MAC|TOKEN               the port's address and a secret that the hello must name
 #include <poll.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/random.h>
 #include <sys/socket.h>
@@ -19,6 +20,7 @@
 #include "dpdk/eal.h"
 #include "dpdk/endpoint.h"
 #include "dpdk/lane.h"
+#include "lane/fork.h"
 #include "lane/unix_socket.h"
 
 namespace genie::dpdk {
@@ -29,6 +31,8 @@ using protocol::Role;
 
 constexpr std::size_t kMaxPending = 64;       // sessions that were begun and not accepted yet
 constexpr std::size_t kMaxMemifName = 100;    // sun_path, less what we append
+constexpr std::size_t kMaxGreeting = 4;       // each has a port already
+constexpr auto kGreetingTime = std::chrono::seconds(2);
 
 template <typename T>
 T random_number() {
@@ -37,13 +41,13 @@ T random_number() {
   return value;
 }
 
-protocol::Config config_for(const Port& port, std::uint64_t token) {
+protocol::Config config_for(const Port& port, std::uint64_t token, std::optional<bool> digest) {
   protocol::Config config;
   constexpr auto kHead = static_cast<std::uint32_t>(protocol::kHeaderBytes + protocol::kDigestBytes);
   const std::uint32_t frame = port.max_frame_bytes() - kHead;
   config.max_payload_bytes = std::min<std::uint32_t>(frame / 64 * 64, 0xFFC0);
   config.off_host = port.kind() != PortKind::kMemif;
-  config.digest = config.off_host;
+  config.digest = digest.value_or(config.off_host);
   // What a port's rings hold, with room for what goes the other way.
   config.credit_bytes = std::max<std::uint32_t>(384 * config.max_payload_bytes, protocol::kCreditUnitBytes);
   config.ack_every_chunks = 16;
@@ -60,11 +64,16 @@ std::string hex(std::uint64_t value) {
 // Takes lanes as they begin; memif's, over the reception's own ports, the others' over the one port.
 class Reception final : public Hub::Greeter {
  public:
-  Reception(std::shared_ptr<Hub> hub, int fd) : hub_(std::move(hub)), token_(random_number<std::uint64_t>()), fd_(fd) {
+  Reception(std::shared_ptr<Hub> hub, int fd, std::optional<bool> digest)
+      : hub_(std::move(hub)), token_(random_number<std::uint64_t>()), fd_(fd), digest_(digest) {
     const auto lock = hub_->lock();
     hub_->listen(token_, *this);
   }
   ~Reception() override {
+    if (generation_ != fork_generation()) {
+      keep_for_ever(hub_);
+      return;
+    }
     std::list<std::unique_ptr<DpdkLane>> gone;
     {
       const auto lock = hub_->lock();
@@ -75,7 +84,7 @@ class Reception final : public Hub::Greeter {
 
   Hub::Client* greet(const Mac& from, std::uint64_t session) noexcept override try {
     if (pending_.size() >= kMaxPending) return nullptr;
-    auto lane = std::make_unique<DpdkLane>(hub_, config_for(hub_->port(), token_), Role::kWaits, session,
+    auto lane = std::make_unique<DpdkLane>(hub_, config_for(hub_->port(), token_, digest_), Role::kWaits, session,
                                            random_number<std::uint32_t>());
     lane->attach(from);
     pending_.push_back(std::move(lane));
@@ -98,16 +107,18 @@ class Reception final : public Hub::Greeter {
   [[nodiscard]] Hub& hub() noexcept { return *hub_; }
 
  private:
+  const unsigned generation_ = fork_generation();
   const std::shared_ptr<Hub> hub_;
   const std::uint64_t token_;
   const int fd_;                                  // rung when a lane has begun
+  const std::optional<bool> digest_;
   std::list<std::unique_ptr<DpdkLane>> pending_;  // under the hub's lock
 };
 
 class PortListener final : public Listener {
  public:
-  explicit PortListener(const PortSpec& spec)
-      : fd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), reception_(Hub::open(spec), fd_.get()) {}
+  PortListener(const PortSpec& spec, std::optional<bool> digest)
+      : fd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), reception_(Hub::open(spec), fd_.get(), digest) {}
 
   [[nodiscard]] std::string address() const override {
     auto& port = const_cast<Reception&>(reception_).hub().port();
@@ -147,60 +158,88 @@ void check_same_user(int socket) {
 
 class MemifListener final : public Listener {
  public:
-  explicit MemifListener(const std::string& directory)
-      : path_(directory + "/dpdk-" + std::to_string(::getpid()) + "-" + std::to_string(counter_++)) {
+  MemifListener(const std::string& directory, std::optional<bool> digest)
+      : path_(directory + "/dpdk-" + std::to_string(::getpid()) + "-" + std::to_string(counter_++)), digest_(digest) {
     struct stat facts{};
     if (::stat(directory.c_str(), &facts) != 0 || (facts.st_mode & 077) != 0 || facts.st_uid != ::geteuid()) {
       throw LaneError("memif has no checks against its peer: " + directory + " must be a directory of yours with mode 0700");
     }
     socket_.reset(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-    bell_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     const sockaddr_un address = unix_address(path_);
     if (!socket_.valid() || ::bind(socket_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 ||
         ::listen(socket_.get(), 16) != 0) {
       throw LaneError(error_text("listening at " + path_));
     }
+    epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
+    watch(socket_.get());
   }
   ~MemifListener() override {
+    if (generation_ != fork_generation()) return;
     ::unlink(path_.c_str());
     for (unsigned i = 0; i < served_; ++i) ::unlink((path_ + "." + std::to_string(i)).c_str());  // the driver leaves them
   }
 
   [[nodiscard]] std::string address() const override { return "memif|" + path_; }
-  [[nodiscard]] int wait_fd() const noexcept override { return socket_.get(); }
+  [[nodiscard]] int wait_fd() const noexcept override { return epoll_.get(); }
 
   [[nodiscard]] std::unique_ptr<Lane> accept() override {
-    const Fd peer(::accept4(socket_.get(), nullptr, nullptr, SOCK_CLOEXEC));
-    if (!peer.valid()) return nullptr;
+    greeting_.remove_if([now = Clock::now()](const Greeting& peer) { return now > peer.until; });
+    take_new();
+    for (auto at = greeting_.begin(); at != greeting_.end(); ++at) {
+      Mac from{};
+      const ssize_t got = ::recv(at->peer.get(), from.data(), from.size(), MSG_DONTWAIT);
+      if (got < 0 && (errno == EAGAIN || errno == EINTR)) continue;
+      std::unique_ptr<DpdkLane> lane = std::move(at->lane);
+      greeting_.erase(at);
+      if (got != static_cast<ssize_t>(from.size())) throw LaneError("the other end hung up");
+      const auto lock = lane->hub().lock();
+      lane->attach(from);
+      return lane;
+    }
+    return nullptr;
+  }
+
+ private:
+  // Who was told of a memif and has not said yet which address its own port has.
+  struct Greeting {
+    Fd peer;
+    std::unique_ptr<DpdkLane> lane;
+    Deadline until;
+  };
+
+  void watch(int fd) {
+    epoll_event event{};
+    event.events = EPOLLIN;
+    if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) throw LaneError(error_text("watching a descriptor"));
+  }
+
+  void take_new() {
+    Fd peer = acceptor_.accept(socket_.get());
+    if (!peer.valid()) return;
+    if (greeting_.size() >= kMaxGreeting) throw LaneError("too many begin a memif lane at once");
     check_same_user(peer.get());
     // A memif joins two ends: each lane has one of its own, whose session both know.
     const std::string path = path_ + "." + std::to_string(served_++);
     const auto session = random_number<std::uint64_t>();
     auto hub = Hub::open({.kind = PortKind::kMemif, .where = path, .memif_server = true, .max_frame_bytes = 0});
-    auto lane = std::make_unique<DpdkLane>(hub, config_for(hub->port(), session), Role::kWaits, session,
+    auto lane = std::make_unique<DpdkLane>(hub, config_for(hub->port(), session, digest_), Role::kWaits, session,
                                            random_number<std::uint32_t>());
     const std::string told = path + "|" + to_string(hub->port().mac()) + "|" + hex(session) + "\n";
-    Mac from{};
-    if (::send(peer.get(), told.data(), told.size(), MSG_NOSIGNAL) != static_cast<ssize_t>(told.size()) ||
-        !receive_mac(peer.get(), from)) {
+    if (::send(peer.get(), told.data(), told.size(), MSG_NOSIGNAL) != static_cast<ssize_t>(told.size())) {
       throw LaneError("the other end hung up");
     }
-    const auto lock = hub->lock();
-    lane->attach(from);
-    return lane;
-  }
-
- private:
-  // Its port's address; an end that says nothing is not waited for.
-  [[nodiscard]] static bool receive_mac(int socket, Mac& mac) {
-    pollfd waiting{socket, POLLIN, 0};
-    return ::poll(&waiting, 1, 2000) == 1 && ::recv(socket, mac.data(), mac.size(), MSG_WAITALL) == 6;
+    watch(peer.get());
+    greeting_.push_back({std::move(peer), std::move(lane), Clock::now() + kGreetingTime});
   }
 
   static inline std::atomic<unsigned> counter_{0};
+  const unsigned generation_ = fork_generation();
   const std::string path_;
+  const std::optional<bool> digest_;
   unsigned served_ = 0;
-  Fd socket_, bell_;
+  Acceptor acceptor_;
+  Fd socket_, epoll_;
+  std::list<Greeting> greeting_;
 };
 
 std::vector<std::string> split(const std::string& text) {
@@ -249,7 +288,7 @@ std::unique_ptr<Lane> wait_until_established(std::unique_ptr<DpdkLane> lane, con
                   (up ? "" : ", whose link is down"));
 }
 
-std::unique_ptr<Lane> connect_memif(const std::string& path, Deadline until) {
+std::unique_ptr<Lane> connect_memif(const std::string& path, Deadline until, std::optional<bool> digest) {
   const Fd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
   const sockaddr_un address = unix_address(path);
   if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
@@ -269,7 +308,7 @@ std::unique_ptr<Lane> connect_memif(const std::string& path, Deadline until) {
   const Mac& own = hub->port().mac();
   if (::send(socket.get(), own.data(), own.size(), MSG_NOSIGNAL) != 6) throw LaneError("the listener hung up");
   const std::uint64_t session = parse_hex(parts[2]);
-  auto lane = std::make_unique<DpdkLane>(hub, config_for(hub->port(), session), Role::kConnects, session,
+  auto lane = std::make_unique<DpdkLane>(hub, config_for(hub->port(), session, digest), Role::kConnects, session,
                                          random_number<std::uint32_t>());
   return wait_until_established(std::move(lane), parse_mac(parts[1]), until);
 }
@@ -295,26 +334,27 @@ PortSpec parse_port(const std::string& name) {
   return spec;
 }
 
-std::unique_ptr<Listener> listen_dpdk(const std::string& port, const std::string& directory) try {
+std::unique_ptr<Listener> listen_dpdk(const std::string& port, const std::string& directory,
+                                      std::optional<bool> digest) try {
   const PortSpec spec = parse_port(port);
-  if (spec.kind == PortKind::kMemif) return std::make_unique<MemifListener>(directory);
-  return std::make_unique<PortListener>(spec);
+  if (spec.kind == PortKind::kMemif) return std::make_unique<MemifListener>(directory, digest);
+  return std::make_unique<PortListener>(spec, digest);
 } catch (const DpdkError& error) {
   throw LaneError(error.what());
 }
 
 std::unique_ptr<Lane> connect_dpdk(const std::string& port, const std::string& address,
-                                   std::chrono::milliseconds timeout) try {
+                                   std::chrono::milliseconds timeout, std::optional<bool> digest) try {
   const PortSpec spec = parse_port(port);
   const auto parts = split(address);
   if (parts[0] != name_of(spec.kind)) {
     throw LaneError("the other end has a port of the kind " + parts[0] + ", this one is " + port);
   }
   const Deadline until = Clock::now() + timeout;
-  if (spec.kind == PortKind::kMemif && parts.size() == 2) return connect_memif(parts[1], until);
+  if (spec.kind == PortKind::kMemif && parts.size() == 2) return connect_memif(parts[1], until, digest);
   if (parts.size() != 3) throw LaneError("no address of a dpdk lane: " + address);
   auto hub = Hub::open(spec);
-  auto lane = std::make_unique<DpdkLane>(hub, config_for(hub->port(), parse_hex(parts[2])), Role::kConnects,
+  auto lane = std::make_unique<DpdkLane>(hub, config_for(hub->port(), parse_hex(parts[2]), digest), Role::kConnects,
                                          random_number<std::uint64_t>(), random_number<std::uint32_t>());
   return wait_until_established(std::move(lane), parse_mac(parts[1]), until);
 } catch (const DpdkError& error) {

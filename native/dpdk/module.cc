@@ -64,27 +64,29 @@ PYBIND11_MODULE(_dpdk, module) {
         stop_eal();
       },
       py::call_guard<py::gil_scoped_release>(), "End every lane, close every port, let go of EAL's memory and files.");
+  module.def("lose", &Hub::lose_all, py::arg("chance"), py::arg("seed") = 1, py::call_guard<py::gil_scoped_release>(),
+             "For tests and benches: lose this share of the frames that this process's open ports would send.");
   module.def("why_no_hugepages", &why_no_hugepages, py::arg("memory_mb"));
   module.def(
       "listen",
-      [](const std::string& port, const std::string& directory) {
+      [](const std::string& port, const std::string& directory, std::optional<bool> digest) {
         std::unique_ptr<genie::Listener> listener;
         {
           const py::gil_scoped_release release;
-          listener = listen_dpdk(port, directory);
+          listener = listen_dpdk(port, directory, digest);
         }
         return wrap(std::move(listener), "genie.Listener");
       },
-      py::arg("port"), py::arg("directory"));
+      py::arg("port"), py::arg("directory"), py::arg("digest") = py::none());
   module.def(
       "connect",
-      [](const std::string& port, const std::string& address, double timeout_s) {
+      [](const std::string& port, const std::string& address, double timeout_s, std::optional<bool> digest) {
         std::unique_ptr<genie::Lane> lane;
         {
           const py::gil_scoped_release release;
-          lane = connect_dpdk(port, address, std::chrono::milliseconds(static_cast<std::int64_t>(timeout_s * 1e3)));
+          lane = connect_dpdk(port, address, std::chrono::milliseconds(static_cast<std::int64_t>(timeout_s * 1e3)), digest);
         }
         return wrap(std::move(lane), "genie.Lane");
       },
-      py::arg("port"), py::arg("address"), py::arg("timeout_s"));
+      py::arg("port"), py::arg("address"), py::arg("timeout_s"), py::arg("digest") = py::none());
 }

@@ -10,6 +10,7 @@
 #include <limits>
 #include <utility>
 
+#include "lane/bundle.h"
 #include "lane/progress.h"
 #include "lane/unix_socket.h"
 
@@ -19,6 +20,9 @@
 
 namespace genie {
 namespace {
+
+// In the epoch of a message whose slices are bundled.
+constexpr std::uint64_t kBundled = std::uint64_t{1} << 63;
 
 void breathe() noexcept {
 #if defined(__x86_64__)
@@ -43,6 +47,13 @@ Channel::Channel(std::unique_ptr<Lane> lane)
 Channel::~Channel() { lane_->close(); }
 
 void Channel::on_arrived(std::uint64_t id, std::uint64_t epoch, std::vector<Buffer> buffers) {
+  if ((epoch & kBundled) != 0) {
+    epoch &= ~kBundled;
+    if (is_broken_ || !unbundle(buffers)) {
+      is_broken_ = true;
+      return;
+    }
+  }
   inbox_.push_back({id, epoch, std::move(buffers)});
 }
 
@@ -50,7 +61,16 @@ void Channel::on_ended(std::uint64_t id, End end) {
   if (const auto at = watched_.find(id); at != watched_.end()) at->second = end;
 }
 
+std::size_t Channel::poll_lane() {
+  const std::size_t told = lane_->poll(*this);
+  if (!is_broken_ || closed_) return told;
+  on_closed(End::kCorrupt, "the other end sent a bundle that cannot be");
+  lane_->close();
+  return told + 1;
+}
+
 void Channel::on_closed(End why, std::string_view reason) {
+  if (closed_) return;
   closed_ = true;
   why_ = why;
   reason_ = reason;
@@ -58,8 +78,20 @@ void Channel::on_closed(End why, std::string_view reason) {
 
 std::uint64_t Channel::send(std::span<const Slice> slices, const SendOptions& options, Deadline until,
                             Posted& posted) {
+  posted = Posted::kClosed;
+  if (is_inherited()) return 0;
   Lock lock(lock_);
-  Transfer transfer{0, slices, options.epoch, options.digest, options.priority, options.deadline};
+  std::vector<Slice> bundled;
+  std::uint64_t epoch = options.epoch;
+  posted = Posted::kRefused;
+  if ((epoch & kBundled) != 0) return 0;
+  if (slices.size() > capabilities().max_slices) {
+    bundled = bundle(slices, capabilities().max_slices, [this](std::size_t size) { return lane_->allocate(size); });
+    if (bundled.empty()) return 0;
+    slices = bundled;
+    epoch |= kBundled;
+  }
+  Transfer transfer{0, slices, epoch, options.digest, options.priority, options.deadline};
   const auto tried = [&] {
     transfer.id = next_id_;   // ids rise as they are accepted: while one thread waits for room, others may post
     posted = lane_->post(transfer);
@@ -83,6 +115,7 @@ bool Channel::pop(Message& message) {
 }
 
 Channel::Got Channel::receive(Message& message, Deadline until, std::chrono::microseconds spin) {
+  if (is_inherited()) return Got::kClosed;
   Lock lock(lock_);
   wait(lock, [this] { return !inbox_.empty() || closed_; }, until, spin, false);
   const bool got = pop(message);
@@ -91,6 +124,7 @@ Channel::Got Channel::receive(Message& message, Deadline until, std::chrono::mic
 }
 
 Channel::Got Channel::try_receive(Message& message) {
+  if (is_inherited()) return Got::kClosed;
   Lock lock(lock_);
   if (bell_rung_) {
     std::uint64_t rings = 0;
@@ -103,18 +137,28 @@ Channel::Got Channel::try_receive(Message& message) {
   return got ? Got::kMessage : closed_ ? Got::kClosed : Got::kNothing;
 }
 
-End Channel::wait_ended(std::uint64_t id, Deadline until) {
+std::optional<End> Channel::wait_ended(std::uint64_t id, Deadline until) {
+  if (is_inherited()) return std::nullopt;
   Lock lock(lock_);
-  const auto at = watched_.find(id);
-  if (at == watched_.end()) return End::kLocal;
-  wait(lock, [&] { return watched_.at(id) != End::kPending; }, until, std::chrono::microseconds(0), true);
-  const End end = watched_.at(id);
-  if (end != End::kPending) watched_.erase(id);
+  // Another thread may forget it meanwhile.
+  const auto found = [&]() -> std::optional<End> {
+    const auto at = watched_.find(id);
+    return at == watched_.end() ? std::nullopt : std::optional(at->second);
+  };
+  wait(lock, [&] { return found() != End::kPending; }, until, std::chrono::microseconds(0), true);
+  const std::optional<End> end = found();
   leave(lock);
   return end;
 }
 
+void Channel::forget(std::uint64_t id) {
+  if (is_inherited()) return;
+  const Lock lock(lock_);
+  watched_.erase(id);
+}
+
 bool Channel::cancel(std::uint64_t id) {
+  if (is_inherited()) return false;
   Lock lock(lock_);
   const bool found = lane_->cancel(id);
   if (!polling_) poll_lane();
@@ -123,16 +167,19 @@ bool Channel::cancel(std::uint64_t id) {
 }
 
 std::uint64_t Channel::bytes_moved(std::uint64_t id) const {
+  if (is_inherited()) return 0;
   const Lock lock(lock_);
   return lane_->bytes_moved(id);
 }
 
 bool Channel::quiesce(Deadline until) {
+  if (is_inherited()) return true;
   Lock lock(lock_);
   return wait(lock, [this] { return lane_->quiet() || closed_; }, until, std::chrono::microseconds(0), true);
 }
 
 void Channel::close() {
+  if (is_inherited()) return;
   const Lock lock(lock_);
   lane_->close();
   if (!polling_) poll_lane();   // else who polls will be told
@@ -140,31 +187,43 @@ void Channel::close() {
 }
 
 bool Channel::arm() {
+  if (is_inherited()) return false;
   const Lock lock(lock_);
   return inbox_.empty() && !closed_ && (polling_ || lane_->arm(false));
 }
 
 Buffer Channel::allocate(std::size_t size_bytes) {
+  if (is_inherited()) return {};
   const Lock lock(lock_);
   return lane_->allocate(size_bytes);
 }
 
 Statistics Channel::statistics() const {
+  if (is_inherited()) return {};
   const Lock lock(lock_);
   return lane_->statistics();
 }
 
+std::vector<std::pair<std::string, std::uint64_t>> Channel::details() const {
+  if (is_inherited()) return {};
+  const Lock lock(lock_);
+  return lane_->details();
+}
+
 bool Channel::closed() const {
+  if (is_inherited()) return true;
   const Lock lock(lock_);
   return closed_;
 }
 
 std::string Channel::close_reason() const {
+  if (is_inherited()) return "it belongs to the process that this one was forked from";
   const Lock lock(lock_);
   return reason_;
 }
 
 End Channel::close_end() const {
+  if (is_inherited()) return End::kLocal;
   const Lock lock(lock_);
   return why_;
 }

@@ -12,10 +12,12 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "lane/fork.h"
 #include "lane/lane.h"
 #include "memory/segment.h"
 
@@ -44,7 +46,8 @@ class Channel final : public std::enable_shared_from_this<Channel>, private Sink
   Channel(const Channel&) = delete;
   Channel& operator=(const Channel&) = delete;
 
-  // Posts, and waits for room in the queue if there is none until `until`. The id, or 0: then `posted` says why.
+  // Posts, and waits for room in the queue if there is none until `until`. The id, or 0: then `posted` says why. More
+  // slices than the lane names one by one are sent as a bundle (lane/bundle.h), and arrive as they were.
   [[nodiscard]] std::uint64_t send(std::span<const Slice> slices, const SendOptions& options, Deadline until,
                                    Posted& posted);
 
@@ -52,8 +55,10 @@ class Channel final : public std::enable_shared_from_this<Channel>, private Sink
   [[nodiscard]] Got receive(Message& message, Deadline until, std::chrono::microseconds spin);
   [[nodiscard]] Got try_receive(Message& message);
 
-  // How a watched transfer ended; kPending where it has not, in time. The end is told once.
-  [[nodiscard]] End wait_ended(std::uint64_t id, Deadline until);
+  // How a watched transfer ended; kPending where it has not, in time; nothing for one that is not watched. Any number
+  // of threads may ask, until one forgets it.
+  [[nodiscard]] std::optional<End> wait_ended(std::uint64_t id, Deadline until);
+  void forget(std::uint64_t id);
   [[nodiscard]] bool cancel(std::uint64_t id);
   [[nodiscard]] std::uint64_t bytes_moved(std::uint64_t id) const;
   // Whether everything that was sent has ended, in time.
@@ -66,6 +71,7 @@ class Channel final : public std::enable_shared_from_this<Channel>, private Sink
 
   [[nodiscard]] Buffer allocate(std::size_t size_bytes);
   [[nodiscard]] Statistics statistics() const;
+  [[nodiscard]] std::vector<std::pair<std::string, std::uint64_t>> details() const;
   [[nodiscard]] const Capabilities& capabilities() const noexcept { return lane_->capabilities(); }
   [[nodiscard]] bool closed() const;
   [[nodiscard]] std::string close_reason() const;
@@ -82,13 +88,16 @@ class Channel final : public std::enable_shared_from_this<Channel>, private Sink
   void on_ended(std::uint64_t id, End end) override;
   void on_closed(End why, std::string_view reason) override;
 
-  std::size_t poll_lane() { return lane_->poll(*this); }
+  std::size_t poll_lane();
   template <typename Ready>
   bool wait(Lock& lock, Ready ready, Deadline until, std::chrono::microseconds spin, bool for_ends);
   void sleep(Lock& lock, Deadline until);
   [[nodiscard]] bool pop(Message& message);
   void leave(Lock& lock);
+  // Of a forked child, which must neither speak for its parent nor wait for locks of threads that it does not have.
+  [[nodiscard]] bool is_inherited() const noexcept { return generation_ != fork_generation(); }
 
+  const unsigned generation_ = fork_generation();
   const std::unique_ptr<Lane> lane_;
   mutable std::mutex lock_;
   std::condition_variable changed_;
@@ -100,6 +109,7 @@ class Channel final : public std::enable_shared_from_this<Channel>, private Sink
   std::unordered_map<std::uint64_t, End> watched_;
   std::uint64_t next_id_ = 1;
   bool closed_ = false;
+  bool is_broken_ = false;             // by a bundle that cannot be; closed after the poll that found it
   End why_ = End::kPending;
   std::string reason_;
   Fd bell_;                            // rings when the progress thread has put something into the inbox

@@ -18,6 +18,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "lane/end.h"
@@ -158,6 +159,8 @@ class Lane {
   virtual void close() noexcept = 0;
 
   [[nodiscard]] virtual Statistics statistics() const noexcept = 0;
+  // What this kind of lane counts beside that: (name, value).
+  [[nodiscard]] virtual std::vector<std::pair<std::string, std::uint64_t>> details() const { return {}; }
 };
 
 // Where the other ends come from.

@@ -33,7 +33,8 @@ constexpr std::uint32_t kMagic = 0x4D4C4E47U;            // "GNLM"
 constexpr std::size_t kInlineSliceBytes = 16U << 10;     // a copy in and out costs less than a slab's bookkeeping
 constexpr std::size_t kMaxQueued = 1024;
 constexpr std::size_t kInlineRecordBytes = 64U << 10;    // at most, with everything that is inside a record
-constexpr std::size_t kMaxPeerSegments = 65536;
+constexpr std::size_t kMaxPeerSegments = 4096;
+constexpr std::size_t kMaxRecordsPerPoll = 256;          // others want their turn
 constexpr std::size_t kMaxPendingPeers = 64;
 constexpr auto kHandshakeTime = std::chrono::seconds(5);
 
@@ -154,6 +155,8 @@ class ShmLane final : public Lane {
     capabilities_.max_transfer_bytes = options.max_transfer_bytes;
     PoolOptions pool = options.pool;
     pool.sharing = connecting ? Segment::Sharing::kSharedOneWay : Segment::Sharing::kShared;
+    // Who may write to a memfd may punch holes into it. Normal pages come back as zeros, hugepages perhaps not at all.
+    pool.huge = pool.huge && connecting;
     pool_ = Pool::make(pool, [dropped = dropped_](std::uint32_t number) {
       const std::lock_guard hold(dropped->lock);
       dropped->numbers.push_back(number);
@@ -312,7 +315,7 @@ class ShmLane final : public Lane {
     // A forked child has the parent's rings: it must not speak for it.
     if (::getpid() == pid_ && writer_ != nullptr && writer_->reserve(0, kBye) != nullptr) {
       writer_->commit();
-      ring_bell(peer_wake_.get());
+      ring_peer();
     }
     shut(End::kCancelled, "closed here");
   }
@@ -343,10 +346,16 @@ class ShmLane final : public Lane {
     if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) throw LaneError(error_text("watching a descriptor"));
   }
 
+  // The bell is the peer's: it may have filled its counter and made it one that waits. Then it needs no ringing.
+  void ring_peer() noexcept {
+    pollfd bell{peer_wake_.get(), POLLOUT, 0};
+    if (::poll(&bell, 1, 0) == 1 && (bell.revents & POLLOUT) != 0) ring_bell(peer_wake_.get());
+  }
+
   void wake_peer() noexcept {
     if (!writer_->must_wake()) return;
     ++facts_.wakeups;
-    ring_bell(peer_wake_.get());
+    ring_peer();
   }
 
   void end(std::uint64_t id, End how) noexcept {
@@ -406,7 +415,7 @@ class ShmLane final : public Lane {
     if (next_deadline_ != kNoDeadline) expire();
     if (!closed_ && reader_->writer_waits()) {
       ++facts_.wakeups;
-      ring_bell(peer_wake_.get());
+      ring_peer();
     }
   }
 
@@ -451,7 +460,7 @@ class ShmLane final : public Lane {
   }
 
   void drain() noexcept try {
-    for (;;) {
+    for (std::size_t i = 0; i < kMaxRecordsPerPoll; ++i) {
       std::uint32_t kind = 0;
       std::span<const std::byte> body;
       switch (reader_->next(kind, body)) {
@@ -492,6 +501,7 @@ class ShmLane final : public Lane {
     for (std::size_t i = 0; i < head.num_slices; ++i) {
       SliceRef ref{};
       std::memcpy(&ref, body.data() + sizeof head + i * sizeof ref, sizeof ref);
+      if (ref.size_bytes > capabilities_.max_transfer_bytes - total) return false;
       Buffer buffer = ref.segment == 0 ? from_record(ref, inlined) : from_segment(ref, (head.flags & kCopyOut) != 0);
       if (buffer.data == nullptr) return false;
       total += ref.size_bytes;
@@ -847,16 +857,17 @@ class ShmListener final : public Listener {
   }
 
   ~ShmListener() override {
-    if (!is_abstract()) ::unlink(path_.c_str());
+    if (!is_abstract() && ::getpid() == pid_) ::unlink(path_.c_str());   // a forked child leaves it to its parent
   }
 
   [[nodiscard]] std::string address() const override { return path_; }
   [[nodiscard]] int wait_fd() const noexcept override { return epoll_.get(); }
 
   [[nodiscard]] std::unique_ptr<Lane> accept() override {
-    take_new();
     const auto now = Clock::now();
-    for (auto at = greeting_.begin(); at != greeting_.end();) {
+    greeting_.remove_if([now](const Greeting& peer) { return now > peer.until; });
+    take_new();
+    for (auto at = greeting_.begin(); at != greeting_.end(); ++at) {
       std::unique_ptr<ShmLane>& lane = at->lane;
       try {
         if (lane->receive_hello()) {
@@ -870,7 +881,6 @@ class ShmListener final : public Listener {
         greeting_.erase(at);
         throw;
       }
-      at = now > at->until ? greeting_.erase(at) : std::next(at);
     }
     return nullptr;
   }
@@ -905,7 +915,7 @@ class ShmListener final : public Listener {
 
   void take_new() {
     for (;;) {
-      Fd fd(::accept4(socket_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+      Fd fd = acceptor_.accept(socket_.get());
       if (!fd.valid()) return;
       if (greeting_.size() >= kMaxPendingPeers) continue;
       check_peer(fd.get());
@@ -917,6 +927,8 @@ class ShmListener final : public Listener {
 
   const std::string path_;
   const ShmOptions options_;
+  const pid_t pid_ = ::getpid();
+  Acceptor acceptor_;
   Fd socket_;
   Fd epoll_;
   std::list<Greeting> greeting_;

@@ -741,16 +741,17 @@ class TcpListener final : public Listener {
   [[nodiscard]] int wait_fd() const noexcept override { return epoll_.get(); }
 
   [[nodiscard]] std::unique_ptr<Lane> accept() override {
+    const auto now = Clock::now();
+    greeting_.remove_if([now](const Greeting& peer) { return now > peer.until; });
     for (;;) {
-      Fd fd(::accept4(socket_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+      Fd fd = acceptor_.accept(socket_.get());
       if (!fd.valid()) break;
       if (greeting_.size() >= kMaxPendingPeers) continue;
       auto lane = std::make_unique<TcpLane>(std::move(fd), options_);
       watch(lane->socket());
       greeting_.push_back({std::move(lane), Clock::now() + kHandshakeTime});
     }
-    const auto now = Clock::now();
-    for (auto at = greeting_.begin(); at != greeting_.end();) {
+    for (auto at = greeting_.begin(); at != greeting_.end(); ++at) {
       try {
         if (at->lane->receive_hello()) {
           at->lane->send_hello();
@@ -763,7 +764,6 @@ class TcpListener final : public Listener {
         greeting_.erase(at);
         throw;
       }
-      at = now > at->until ? greeting_.erase(at) : std::next(at);
     }
     return nullptr;
   }
@@ -782,6 +782,7 @@ class TcpListener final : public Listener {
   }
 
   const TcpOptions options_;
+  Acceptor acceptor_;
   Fd socket_;
   Fd epoll_;
   std::list<Greeting> greeting_;

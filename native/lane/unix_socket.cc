@@ -1,5 +1,6 @@
 #include "lane/unix_socket.h"
 
+#include <fcntl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -65,6 +66,19 @@ Packet receive_packet(int socket, std::span<std::byte> body, std::size_t& body_b
   if (got == 0 || (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) return Packet::kEnd;
   body_bytes = static_cast<std::size_t>(got);
   return Packet::kGot;
+}
+
+Acceptor::Acceptor() : spare_(::open("/dev/null", O_RDONLY | O_CLOEXEC)) {}
+
+Fd Acceptor::accept(int socket) {
+  Fd fd(::accept4(socket, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+  if (fd.valid() || (errno != EMFILE && errno != ENFILE)) return fd;
+  const std::string why = error_text("accepting a connection");
+  spare_.reset(-1);
+  fd.reset(::accept4(socket, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+  fd.reset(-1);
+  spare_.reset(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+  throw LaneError(why + "; it was turned away (raise `ulimit -n`)");
 }
 
 void check_peer(int socket) {

@@ -1,4 +1,4 @@
-// Packets with descriptors over a Unix socket.
+// Packets with descriptors over a Unix socket; what listeners of stream and packet sockets share.
 #pragma once
 
 #include <array>
@@ -21,6 +21,18 @@ enum class Packet { kGot, kNothing, kEnd };
 
 // Throws LaneError unless the process at the other end runs as our user, or as root.
 void check_peer(int socket);
+
+// Accepts for a listener. Where the process has no descriptor left, one that is kept for this takes the connection off
+// the queue and closes it: else the listener would stay readable, and its loop would spin.
+class Acceptor {
+ public:
+  Acceptor();
+  // An invalid one where nobody has come. Throws LaneError for a connection that was turned away.
+  [[nodiscard]] Fd accept(int socket);
+
+ private:
+  Fd spare_;
+};
 
 [[nodiscard]] std::string error_text(const std::string& what);
 

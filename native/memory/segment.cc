@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -21,6 +22,10 @@ constexpr int kSizeSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 #ifndef F_SEAL_FUTURE_WRITE
 constexpr int F_SEAL_FUTURE_WRITE = 0x0010;
 #endif
+
+// The kernel gives a process 65530 mappings; without one, malloc fails as well.
+constexpr int kMaxForeignSegments = 24576;
+std::atomic<int> num_foreign{0};
 
 // Read-only mappings of this process, by their first address.
 struct ForeignPages {
@@ -114,12 +119,21 @@ std::shared_ptr<Segment> Segment::map(Fd fd, std::size_t size_bytes, bool writab
             " were announced";
     return nullptr;
   }
+  if (static_cast<std::size_t>(facts.st_blksize) == hugepage_bytes() && (seals & (F_SEAL_WRITE | F_SEAL_FUTURE_WRITE)) == 0) {
+    error = "the peer's segment is of hugepages that could be taken away under us";
+    return nullptr;
+  }
+  std::shared_ptr<Segment> segment(new Segment());
+  segment->is_counted_ = true;
+  if (num_foreign.fetch_add(1) >= kMaxForeignSegments) {
+    error = "this process maps " + std::to_string(kMaxForeignSegments) + " segments of its peers already";
+    return nullptr;
+  }
   void* mapped = ::mmap(nullptr, size_bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd.get(), 0);
   if (mapped == MAP_FAILED) {
     error = said_by_system("mapping the peer's segment");
     return nullptr;
   }
-  std::shared_ptr<Segment> segment(new Segment());
   segment->data_ = static_cast<std::byte*>(mapped);
   segment->size_bytes_ = size_bytes;   // the descriptor is closed: the mapping keeps the pages
   if (!writable) {
@@ -131,6 +145,7 @@ std::shared_ptr<Segment> Segment::map(Fd fd, std::size_t size_bytes, bool writab
 }
 
 Segment::~Segment() {
+  if (is_counted_) num_foreign.fetch_sub(1);
   if (data_ == nullptr) return;
   {
     ForeignPages& pages = foreign_pages();

@@ -58,8 +58,8 @@ class Segment {
   // multiple of theirs and `huge` asks for them.
   [[nodiscard]] static std::shared_ptr<Segment> make(std::size_t size_bytes, Sharing sharing, bool huge,
                                                      std::string& error);
-  // A segment that a peer made. Its true size must be `size_bytes` and it must be sealed against shrinking, or a peer
-  // could take pages away under us. Null where that does not hold.
+  // A segment that a peer made. Its true size must be `size_bytes` and it must be sealed against shrinking, one of
+  // hugepages against holes too, or a peer could take pages away under us. Null where that does not hold.
   [[nodiscard]] static std::shared_ptr<Segment> map(Fd fd, std::size_t size_bytes, bool writable, std::string& error);
 
   ~Segment();
@@ -80,6 +80,7 @@ class Segment {
   std::byte* data_ = nullptr;
   std::size_t size_bytes_ = 0;
   Fd fd_;
+  bool is_counted_ = false;   // among the segments of peers
   Pages pages_ = Pages::kNormal;
 };
 

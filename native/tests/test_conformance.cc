@@ -1,9 +1,12 @@
 // What every lane promises (lane/lane.h), over each of them.
+#include <sys/wait.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <thread>
 
+#include "lane/bundle.h"
 #include "tests/lanes.h"
 
 namespace genie::test {
@@ -148,7 +151,7 @@ TEST_CASE("closing ends open transfers, and the peer reads what was there and th
     Message message;
     CHECK(right.receive(message, in(std::chrono::seconds(5)), std::chrono::microseconds(0)) == Channel::Got::kClosed);
     CHECK(right.close_end() == End::kPeerLost);
-    const End end = right.wait_ended(back, in(std::chrono::seconds(5)));
+    const auto end = right.wait_ended(back, in(std::chrono::seconds(5)));
     CHECK((end == End::kPeerLost || end == End::kOk));
     Posted posted = Posted::kAccepted;
     const std::vector<Slice> more{slice_of(bytes)};
@@ -226,7 +229,7 @@ TEST_CASE("what waits for a full socket can be cancelled and overtaken, and the 
   }
 }
 
-TEST_CASE("a message of as many slices as there may be arrives, empty ones among them; one more is refused") {
+TEST_CASE("a message of as many slices as a lane names arrives, empty ones among them") {
   over_each([](Channel& left, Channel& right) {
     const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(20'000, 4));
     const auto none = std::make_shared<std::vector<std::byte>>();
@@ -240,11 +243,96 @@ TEST_CASE("a message of as many slices as there may be arrives, empty ones among
       REQUIRE(message.buffers[i].size_bytes == slices[i].size_bytes);
       REQUIRE((i % 3 == 1 || std::memcmp(message.buffers[i].data, bytes->data(), bytes->size()) == 0));
     }
-    slices.push_back(slice_of(none));
+  });
+}
+
+TEST_CASE("a message of more slices than a lane names arrives all the same, and beyond the bound it is refused") {
+  over_each([](Channel& left, Channel& right) {
+    const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(3'000, 4));
+    const auto none = std::make_shared<std::vector<std::byte>>();
+    for (const std::size_t count : {left.capabilities().max_slices + 1, std::size_t{20'000}}) {
+      std::vector<Slice> slices;
+      for (std::size_t i = 0; i < count; ++i) slices.push_back(slice_of(i % 3 == 1 ? none : bytes));
+      SendOptions options;
+      options.epoch = 5;
+      std::thread sender([&] { CHECK(send(left, slices, options) != 0); });
+      const Message message = receive(right);
+      sender.join();
+      CHECK(message.epoch == 5);
+      REQUIRE(message.buffers.size() == count);
+      for (std::size_t i = 0; i < count; ++i) {
+        REQUIRE(message.buffers[i].size_bytes == slices[i].size_bytes);
+        REQUIRE((i % 3 == 1 || std::memcmp(message.buffers[i].data, bytes->data(), bytes->size()) == 0));
+      }
+    }
+    const std::vector<Slice> slices(kMaxBundled + 1, slice_of(none));
     Posted posted = Posted::kAccepted;
     CHECK(left.send(slices, {}, Clock::now(), posted) == 0);
     CHECK(posted == Posted::kRefused);
     CHECK_FALSE(left.closed());
+  });
+}
+
+TEST_CASE("a bundle that cannot be closes the lane of who gets it, and nothing in it is believed") {
+  const std::vector<std::vector<std::uint64_t>> tables{
+      {}, {0, 1}, {1, 64, 64}, {2, 64, 65}, {1, ~std::uint64_t{0}}, {2, 64, ~std::uint64_t{0} - 63}, {~std::uint64_t{0}, 64}};
+  for (const auto& table : tables) {
+    CAPTURE(table.size());
+    const auto head = std::make_shared<std::vector<std::byte>>(table.size() * 8);
+    if (!table.empty()) std::memcpy(head->data(), table.data(), head->size());
+    std::vector<Buffer> buffers(2);
+    buffers[0] = {head->data(), head->size(), false, head};
+    const auto group = std::make_shared<std::vector<std::byte>>(pattern(128, 1));
+    buffers[1] = {group->data(), group->size(), false, group};
+    CHECK((table == std::vector<std::uint64_t>{~std::uint64_t{0}, 64}) == unbundle(buffers));
+  }
+}
+
+TEST_CASE("several threads may wait for one transfer, and all learn its end") {
+  over_each([](Channel& left, Channel& right) {
+    for (int round = 0; round < 20; ++round) {
+      SendOptions options;
+      options.watch = true;
+      const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(100, 1));
+      const std::uint64_t id = send(left, {slice_of(bytes)}, options);
+      std::atomic<int> learnt{0};
+      std::vector<std::thread> waiters;
+      for (int i = 0; i < 3; ++i) {
+        waiters.emplace_back([&] {
+          const auto end = left.wait_ended(id, in(std::chrono::seconds(10)));
+          learnt += !end || *end == End::kOk ? 1 : 0;   // or another one has forgotten it
+          left.forget(id);
+        });
+      }
+      receive(right);
+      Message none;
+      CHECK(right.receive(none, in(std::chrono::milliseconds(1)), std::chrono::microseconds(0)) == Channel::Got::kNothing);
+      for (std::thread& waiter : waiters) waiter.join();
+      CHECK(learnt == 3);
+    }
+  });
+}
+
+TEST_CASE("a forked child does not speak for its parent, whose lane goes on") {
+  over_each([](Channel& left, Channel& right) {
+    const auto bytes = std::make_shared<std::vector<std::byte>>(pattern(200'000, 1));
+    const pid_t child = ::fork();
+    if (child == 0) {
+      Posted posted = Posted::kAccepted;
+      const std::vector<Slice> slices{slice_of(bytes)};
+      Message message;
+      const bool refused = left.send(slices, {}, Clock::now(), posted) == 0 && posted == Posted::kClosed && left.closed() &&
+                           right.try_receive(message) == Channel::Got::kClosed;
+      left.close();
+      ::_exit(refused ? 0 : 1);
+    }
+    int status = -1;
+    REQUIRE(::waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 0);
+    std::thread sender([&] { CHECK(send(left, {slice_of(bytes)}) != 0); });
+    CHECK(receive(right).buffers[0].size_bytes == bytes->size());
+    sender.join();
   });
 }
 

@@ -43,6 +43,7 @@ class SplitGraph:
     origin        node -> the node of the whole graph that it does a part of
     part          node -> which part, EARLY for what needs none, num_parts for what needs all
     output_dims   rows of each output of the whole graph, by name of the value
+    in_order      whether each worker is to run its nodes in the order of the graph (interleaving.py)
     """
 
     gm: fx.GraphModule
@@ -51,6 +52,7 @@ class SplitGraph:
     part: Mapping[str, int]
     output_dims: Mapping[str, int]
     result_dims: tuple[int | None, ...]
+    in_order: bool = False
 
 
 def split_batch(gm: fx.GraphModule, facts: GraphFacts, num_parts: int,

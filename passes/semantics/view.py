@@ -15,6 +15,7 @@ from typing import Any
 from genie_dynamo.passes.semantics.ops import ELEMENTWISE, VIEWS
 
 Dim = int | str
+_ROOTS = {0.5: "sqrt", -0.5: "rsqrt"}        # a power that is a root, spelt otherwise
 
 
 class ViewNode:
@@ -90,6 +91,8 @@ class GraphView:
             self._flow(node)
             if node.op == "index" and not node.static and all(n.static for n in node.inputs[1:]):
                 node.op = "select"       # indices that do not depend on the input: a view, spelt otherwise
+            if node.op == "pow" and len(node.args) > 1 and node.args[1] in _ROOTS:
+                node.op = _ROOTS[node.args[1]]
             self.by_op.setdefault(node.op, []).append(node)
 
     def _flow(self, node: ViewNode) -> None:

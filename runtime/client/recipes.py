@@ -16,7 +16,7 @@ Read = Callable[[Sequence[Any], Mapping[str, Any], list[Any]], Any]
 class Append(NamedTuple):
     """`cat([input, piece], dim)`: the form of most caches."""
 
-    index: int                         # of the input
+    source: int                        # position of the input
     piece: str
     dim: int
 
@@ -56,7 +56,7 @@ class Recipe:
         """
         if self._append is None or not self._num_rows:
             return None
-        old = args[self._append.index]
+        old = args[self._append.source]
         if not old.is_contiguous() or old.is_inference() or not -old.dim() <= self._append.dim < old.dim():
             return None
         dim = self._append.dim
@@ -70,7 +70,7 @@ class Recipe:
         """Append what has come; None where it is not what was expected."""
         assert self._append is not None
         new, dim = pieces[self._append.piece], self._append.dim
-        start = args[self._append.index].shape[dim]
+        start = args[self._append.source].shape[dim]
         room = begun.narrow(dim, start, begun.shape[dim] - start)
         if new.dtype != begun.dtype or new.shape != room.shape:
             return None
@@ -84,13 +84,13 @@ class Recipe:
             return made
         if self._append is not None:
             new = pieces[self._append.piece]
-            self._num_rows = new.shape[self._append.dim] if new.dim() == args[self._append.index].dim() else 0
+            self._num_rows = new.shape[self._append.dim] if new.dim() == args[self._append.source].dim() else 0
         made = self._run(self._steps, args, pieces)
         if self._ends_in_view:
             # As an output of its own: autograd, and who asks for its base, would take a view for something else.
             made = torch.empty(0, dtype=made.dtype).set_(
                 made.untyped_storage(), made.storage_offset(), made.shape, made.stride())
-        return made  # type: ignore[no-any-return]
+        return made
 
     def write(self, target: torch.Tensor, args: Sequence[Any], pieces: Mapping[str, Any]) -> None:
         """Bring a mutated input to the value."""

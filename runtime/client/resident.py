@@ -113,42 +113,63 @@ class Uploader:
         return resident
 
 
-def run_resident(session: Session, bound: BoundProgram, args: Sequence[Any], rng: Any, keeps: Sequence[Resident],
-                 timeout_s: float) -> Answer:
-    """Run a program and wait for its answer.
+class Underway:
+    """A run that was sent and has not been answered. What it reads is not freed before that."""
 
-    Args:    args: by position in the plan's inputs: Resident, CPU tensor or number.
-             rng: the generator's state, Resident or tensor, where the program draws.
-             keeps: what the program keeps, in its order.
-    Raises:  whatever stops the run; then no value of it exists anywhere.
-    """
-    started_s = time.perf_counter()
-    link = bound.link
-    link.in_flight += 1
-    try:
-        connection = link.borrow()
+    def __init__(self, session: Session, bound: BoundProgram, args: Sequence[Any], rng: Any, keeps: Sequence[Resident],
+                 timeout_s: float) -> None:
+        """Hand a run of a program to its worker; it may read what runs that are not answered yet are to leave.
+
+        Args:    args: by position in the plan's inputs: Resident, CPU tensor or number.
+                 rng: the generator's state, Resident or tensor, where the program draws.
+                 keeps: what the program keeps, in its order.
+        Raises:  WorkerError where it could not be sent.
+        """
+        started_s = time.perf_counter()
+        self.over = False                   # nothing more will come
+        self._session, self._bound, self._uses = session, bound, (*args, rng, *keeps)
+        self._deadline_s = time.monotonic() + timeout_s
+        self._connection = bound.link.borrow()
         try:
-            request, sent = _send(session, connection, bound, args, rng, keeps, time.monotonic() + timeout_s)
-            sent_s = time.perf_counter()
-            values, result, received = _receive(connection, bound, request, time.monotonic() + timeout_s)
+            self._request, self._sent = _send(session, self._connection, bound, args, rng, keeps, self._deadline_s)
+        except BaseException:
+            self._connection.close(linger_ms=200)
+            raise
+        self._sent_s = time.perf_counter()
+        self._dispatch_s = self._sent_s - started_s
+
+    def wait(self) -> Answer:
+        """What it brought. Raises: whatever stopped it; then no value of it exists anywhere."""
+        session, bound, link = self._session, self._bound, self._bound.link
+        self.over = True
+        link.in_flight += 1
+        waiting_s = time.perf_counter()
+        try:
+            session.check_open()
+            values, result, received = _receive(self._connection, bound, self._request, self._deadline_s)
         except _RefusedError as refused:
-            link.give_back(connection)
+            link.give_back(self._connection)
             assert refused.__cause__ is not None
             raise refused.__cause__ from None
         except BaseException:
-            connection.close(linger_ms=200)
+            self.abandon()
             raise
-    finally:
-        link.in_flight -= 1
-    link.give_back(connection)
-    for value in (*args, rng, *keeps):
-        if type(value) is Resident:
-            value.underway = False
-    answered_s = time.perf_counter()
-    bound.last_compute_s = result.compute_s
-    session.telemetry.call((Share(link.name, bound.num_fragments, result.compute_s, sent, received),),
-                           dispatch_s=sent_s - started_s, wait_s=answered_s - sent_s, queue_s=result.queue_s)
-    return Answer(values, result.kept)
+        finally:
+            link.in_flight -= 1
+        link.give_back(self._connection)
+        for value in self._uses:
+            if type(value) is Resident:
+                value.underway = False
+        answered_s = time.perf_counter()
+        bound.last_compute_s = result.compute_s
+        session.telemetry.call((Share(link.name, bound.num_fragments, result.compute_s, self._sent, received),),
+                               dispatch_s=self._dispatch_s, wait_s=answered_s - waiting_s, queue_s=result.queue_s)
+        return Answer(values, result.kept)
+
+    def abandon(self) -> None:
+        """Wait for no answer."""
+        self.over = True
+        self._connection.close(linger_ms=200)
 
 
 class _RefusedError(Exception):

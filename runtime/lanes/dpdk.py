@@ -61,23 +61,24 @@ def stays_on_host() -> bool:
     return _port == "memif"
 
 
-def listen(directory: Path | None = None) -> Any:
+def listen(directory: Path | None = None, digest: bool | None = None) -> Any:
     """A native Listener on this process's port. Raises: OSError.
 
-    Args: directory: where memif's sockets go, of mode 0700; None makes one.
+    Args: directory: where memif's sockets go, of mode 0700; None makes one.  digest: on every frame that comes here;
+        None: where the port leaves the host.
     """
     _start()
     if directory is None and _port == "memif":
         made = tempfile.TemporaryDirectory(prefix="genie-dpdk-")
         atexit.register(made.cleanup)
         directory = Path(made.name)
-    return native.module().adopt_listener(_module.listen(_port, str(directory or "")))
+    return native.module().adopt_listener(_module.listen(_port, str(directory or ""), digest))
 
 
-def connect(address: str, timeout_s: float) -> Any:
+def connect(address: str, timeout_s: float, digest: bool | None = None) -> Any:
     """A native Channel to a listener's address. Raises: OSError."""
     _start()
-    return native.module().adopt_lane(_module.connect(_port, address, timeout_s))
+    return native.module().adopt_lane(_module.connect(_port, address, timeout_s, digest))
 
 
 def facts() -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A message on its way over a native lane, as a future."""
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,8 @@ class TransferError(OSError):
 
 
 class Transfer:
-    """One message. Its end is learnt by asking (`done`, `result`); callbacks are called by the thread that learns it.
+    """One message. Its end is learnt by asking (`done`, `result`), in any number of threads; the first that learns it
+    calls the callbacks.
 
     Args: channel: of genie_dynamo._native; the message was sent with `watch`.  size_bytes: of all its buffers.
     """
@@ -26,6 +29,12 @@ class Transfer:
         self._channel = channel
         self._number = number
         self._callbacks: list[Callable[[Transfer], None]] = []
+        self._lock = threading.Lock()
+
+    def __del__(self) -> None:
+        if self.end == "PENDING":
+            with contextlib.suppress(Exception):      # the module may be gone when the interpreter ends
+                self._channel.forget(self._number)
 
     def done(self) -> bool:
         """Whether it has ended, in whichever way."""
@@ -53,16 +62,24 @@ class Transfer:
 
     def add_done_callback(self, callback: Callable[[Transfer], None]) -> None:
         """Call `callback(self)` when the end is learnt; at once where it is known."""
-        if self.end != "PENDING":
-            callback(self)
-        else:
-            self._callbacks.append(callback)
+        with self._lock:
+            if self.end == "PENDING":
+                self._callbacks.append(callback)
+                return
+        callback(self)
 
     def _wait(self, timeout_s: float) -> str:
-        if self.end == "PENDING":
-            self.end = str(self._channel.wait_ended(self._number, timeout_s))
+        if self.end != "PENDING":
+            return self.end
+        end = self._channel.wait_ended(self._number, timeout_s)
+        if end in (None, "PENDING"):        # None: another thread has learnt it, and has set `end` before it forgot it
+            return self.end
+        with self._lock:
             if self.end != "PENDING":
-                callbacks, self._callbacks = self._callbacks, []
-                for callback in callbacks:
-                    callback(self)
+                return self.end
+            self.end = end
+            callbacks, self._callbacks = self._callbacks, []
+        self._channel.forget(self._number)
+        for callback in callbacks:
+            callback(self)
         return self.end

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -69,6 +70,7 @@ class FragmentRun:
         self.fragment = fragment
         self.flat: FlatRun | None = None
         self.generator: Generator | None = None
+        self.taken: set[int] = set()      # of its inputs, by value id
 
 
 class LoadedProgram:
@@ -81,6 +83,13 @@ class LoadedProgram:
         shared = {value for group in program.aliases for value in group} | {value for value, _ in program.input_views}
         self.leaves_early = {send[0] for send in program.sends} | (set(program.returns) - shared)
         self.small = _small(program, fragments)
+        # A value that only fragments read is let go of when the last of them has it: what several parts of a batch
+        # leave for their backward would add up otherwise.
+        used_at_end = {*program.returns, *program.keeps, *program.state, *shared, *(v for _, v in program.input_views)}
+        self.readers: Counter[int] = Counter()
+        if len(fragments) > 1 or program.receives:
+            self.readers.update({v: 0 for f in fragments for v in f.program.outputs if v not in used_at_end})
+            self.readers.update(v for f in fragments for v in set(f.program.inputs) if v not in used_at_end)
 
 
 class SmallProgram(NamedTuple):
@@ -205,6 +214,7 @@ class Engine:
             if run.state is None:
                 run.queue_s = time.monotonic() - run.received_s
                 run.state = [FragmentRun(f) for f in run.loaded.fragments]
+                run.readers = dict(run.loaded.readers)
             return self._advance(run, until_s, emit)
         except (MemoryError, RuntimeError) as error:
             if _is_out_of_memory(error):
@@ -247,6 +257,7 @@ class Engine:
         else:
             self._own_inputs(part, env)
             _supply(part.flat, program, env)
+        _let_go(run, part)
         on_output = self._on_output(run, program, emit)
         with part.generator or nullcontext():
             status = part.flat.resume(until_s, on_output)
@@ -255,7 +266,8 @@ class Engine:
             outputs = part.flat.outputs
             assert outputs is not None
             for value_id, value in zip(program.outputs, outputs, strict=True):
-                env.setdefault(value_id, value)
+                if run.wants(value_id):
+                    env.setdefault(value_id, value)
             if compiled is not None:
                 compiled.flat_took(part.flat.busy_s)
         return status
@@ -290,7 +302,9 @@ class Engine:
         for index, (value_id, value) in enumerate(zip(program.outputs, outputs, strict=True)):
             if on_output is not None:
                 on_output(index, value)
-            run.env.setdefault(value_id, value)
+            if run.wants(value_id):
+                run.env.setdefault(value_id, value)
+        _let_go(run, part)
         return RunStatus.DONE
 
     def _on_output(self, run: RunRecord, program: FragmentProgram, emit: Emit) -> Callable[[int, Any], None] | None:
@@ -302,7 +316,8 @@ class Engine:
         def on_output(index: int, value: Any) -> None:
             value_id = outputs[index]
             if value_id in early and value_id not in env:
-                env[value_id] = value
+                if run.wants(value_id):
+                    env[value_id] = value
                 emit(run, value_id, value)
 
         return on_output
@@ -351,6 +366,18 @@ def _share(run: RunRecord) -> None:
                 memory, views = tensors.span_of([env[v] for v in ids])
                 for number, (value_id, view) in enumerate(zip(ids, views, strict=True)):
                     env[value_id] = SharedView(memory if number == 0 else None, place[ids[0]], view)
+
+
+def _let_go(run: RunRecord, part: FragmentRun) -> None:
+    """Values that this fragment was the last to take are its alone now."""
+    if not run.readers:
+        return
+    for value_id in part.fragment.program.inputs:
+        if value_id in run.env and value_id in run.readers and value_id not in part.taken:
+            part.taken.add(value_id)
+            run.readers[value_id] -= 1
+            if not run.readers[value_id]:
+                del run.env[value_id]
 
 
 def _supply(flat: FlatRun, program: FragmentProgram, env: dict[int, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import resource
 import secrets
 import select
 import time
@@ -22,8 +23,18 @@ log = logging.getLogger(__name__)
 MAX_OPEN_BYTES = 4 << 30
 """A client that lets more than this of its answers pile up is dropped: half of what a lane of shared pages may hold."""
 
+DESCRIPTORS_EACH = 8
+"""What a lane takes of the process's descriptors, with a few segments."""
+MAX_LANES = 1024
 LINGER_S = 400e-6
 """How long a worker stays awake for the next message after an answer, while messages come as fast as that."""
+
+
+def max_lanes() -> int:
+    """How many lanes clients may have open here: half of the descriptors that a process may have are theirs."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_LANES if limit == resource.RLIM_INFINITY else max(1, min(MAX_LANES, limit // 2 // DESCRIPTORS_EACH))
+
 
 OnMessage = Callable[[bytes, bytes, Sequence[Any]], None]
 
@@ -89,6 +100,7 @@ class Lanes:
         self._poller = poller
         self._on_message = on_message
         self._on_left = on_left
+        self._max_lanes = max_lanes()
         self._numbers = itertools.count(1)
         self._by_fd: dict[int, _Client] = {}
         self._by_name: dict[bytes, _Client] = {}
@@ -195,6 +207,11 @@ class Lanes:
             log.warning("a client's lane was refused: %s", error)
             return
         if channel is None:
+            return
+        if len(self._by_name) >= self._max_lanes:
+            log.warning("a client's lane was refused: %d are open, and a process may have %d descriptors (ulimit -n)",
+                        self._max_lanes, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+            channel.close()
             return
         # ZeroMQ's own names of this first byte have five bytes, and clients cannot choose one.
         name = b"\0lane" + next(self._numbers).to_bytes(8, "big")

@@ -26,6 +26,12 @@ class RunRecord:
     queue_s: float = 0.0
     abandoned: bool = False
     state: Any = None                                      # the engine's own
+    readers: dict[int, int] = field(default_factory=dict)  # value id -> fragments that have still to take it, for
+                                                           # values that nobody wants after the last fragment
+
+    def wants(self, value_id: int) -> bool:
+        """Whether a value that a fragment made is used here after it has been sent on."""
+        return self.readers.get(value_id, 1) > 0
 
     def arrived(self, value_id: int, value: Any) -> None:
         self.env[value_id] = value

@@ -1,8 +1,11 @@
 """A worker's streams (runtime/lanes/stream.py): the listening socket and its clients, none of which is waited for."""
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import logging
+import os
 import select
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,6 +41,7 @@ class Streams:
     def __init__(self, listener: stream.Socket, poller: select.epoll, on_message: OnMessage,
                  on_left: Callable[[bytes], None]) -> None:
         self._listener = listener
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._poller = poller
         self._on_message = on_message
         self._on_left = on_left
@@ -111,6 +115,7 @@ class Streams:
         self._by_fd.clear()
         self._by_name.clear()
         stream.close_listener(self._listener)
+        os.close(self._spare)
 
     def _accept(self) -> None:
         try:
@@ -119,11 +124,20 @@ class Streams:
             return
         except (OSError, GenieError) as error:
             log.warning("a client's stream was refused: %s", error)
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away()
             return
         # ZeroMQ's own names of this first byte have five bytes, and clients cannot choose one.
         name = b"\0stream" + next(self._numbers).to_bytes(8, "big")
         client = self._by_fd[sock.fileno()] = self._by_name[name] = _Client(name, sock)
         self._poller.register(client.socket.fileno(), select.EPOLLIN)
+
+    def _turn_away(self) -> None:
+        """Take a connection off the queue with the spare descriptor: else the listener stays readable, and we spin."""
+        os.close(self._spare)
+        with contextlib.suppress(OSError, GenieError):
+            stream.accept(self._listener).close()
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _drop(self, client: _Client, error: BaseException) -> None:
         if not isinstance(error, EOFError | ConnectionError):

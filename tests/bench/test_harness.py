@@ -30,7 +30,7 @@ def test_quick_run_writes_both_sides(tmp_path: Path) -> None:
     assert not run["failures"] and run["host"]["cpu_model"] and run["host"]["versions"]["torch"]
     (case,) = run["cases"]
     sides = case["sides"]
-    assert set(sides) == {"local eager", "local empty", "pyzmq ipc", "genie ipc"}
+    assert set(sides) == {"local eager", "local empty", "pyzmq ipc", "genie ipc", "genie ipc, busy polling"}
     for side in sides.values():
         assert side["num_samples"] == sum(map(len, side["samples"])) > 0
         assert 0 < side["median"] <= side["p99"]

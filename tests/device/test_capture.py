@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import genie_dynamo as genie
+from genie_dynamo import worker_facts
+from tests.passes.test_partition import WORKERS, Towers, lane
 
 DEVICE = "remote_accelerator"
 
@@ -102,9 +105,78 @@ def test_recorded_eager_ops_are_understood(session: object) -> None:
     assert out.shape == (1, 7, 96)
 
 
-def test_devices_and_policies_that_cannot_be_are_refused(session: object) -> None:
+def test_devices_and_policies_that_cannot_be_are_refused(session: Any) -> None:
+    names = ", ".join(link.name for link in session.links)
     with pytest.raises(genie.ConfigError, match="policy"):
         genie.run(torch.relu, torch.ones(1), policy="fastest")
-    with pytest.raises(genie.ConfigError, match="one worker"):
-        genie.run(torch.relu, torch.ones(1), devices=2)
+    for devices in (99, 0, ["w7"], []):
+        with pytest.raises(genie.ConfigError, match=names):
+            genie.run(torch.relu, torch.ones(1), devices=devices)
     assert genie.run(torch.relu, torch.ones(1), devices=[DEVICE], policy="min_latency").tolist() == [1]
+
+
+@pytest.fixture
+def two_workers(own_session: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two workers, and facts about them that do not depend on the machine."""
+    monkeypatch.setattr(worker_facts, "facts_of", lambda session, *, wait=False: worker_facts.Facts(
+        key=worker_facts.incarnations(session), workers=WORKERS, lanes=(lane(),)))
+    return own_session(workers=2, num_threads=1)
+
+
+def _calls() -> dict[str, int]:
+    return {name: row["calls"] for name, row in genie.get_stats()["workers"].items() if row["calls"]}
+
+
+def test_a_model_runs_over_several_workers(two_workers: Any) -> None:
+    torch.manual_seed(0)
+    model, inputs = Towers().eval(), (torch.randn(256, 512), torch.randn(256, 512))
+    with torch.no_grad():
+        want = model(*inputs)
+    for options, used in (({"devices": 2}, {"w0", "w1"}), ({"policy": "min_latency"}, {"w0", "w1"}),
+                          ({"devices": ["w1"]}, {"w1"}), ({"devices": 1}, {"w0"})):
+        for again in (False, True):
+            genie.reset_stats()
+            torch.testing.assert_close(genie.run(model, inputs, **options), want, rtol=0, atol=0)
+            assert set(_calls()) == used, options
+            if again:                       # the weights are there
+                assert genie.get_stats()["bytes_sent"] < 1.1 * sum(x.nbytes for x in inputs)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+        want = model(*inputs)
+    torch.testing.assert_close(genie.run(model, inputs, devices=2), want, rtol=0, atol=0)
+
+
+def test_reads_and_draws_over_several_workers(two_workers: Any) -> None:
+    def search(x: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
+        steps = 0
+        while x.abs().sum() > 4:
+            x, steps = x / 2, steps + 1
+        kept = x[x > 0]
+        return kept.sort(descending=True)[0], steps, (kept * 8).round().unique()
+
+    x = torch.tensor([3.0, -7.0, 2.0, 5.0, 1.0])
+    for got, want in zip(genie.run(search, x, devices=2), search(x), strict=True):
+        torch.testing.assert_close(got, want)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).train()
+    twin, batch = copy.deepcopy(model), torch.randn(6, 4)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        want = twin(batch)
+    torch.manual_seed(1)
+    torch.testing.assert_close(genie.run(model, batch, devices=2), want)
+    torch.testing.assert_close(model[2].running_mean, twin[2].running_mean)
+
+
+def test_a_recorded_graph_is_planned_over_several_workers(two_workers: Any) -> None:
+    model = Towers().eval()
+    with genie.capture(), torch.no_grad():
+        y = model(torch.ones(256, 512), torch.full((256, 512), 0.5))
+    graph = genie.get_graph()
+    plan = graph.plan(devices=2, policy="min_latency")
+    assert plan.workers == ("w0", "w1")
+    genie.reset_stats()
+    there, here = genie.execute(plan, graph.inputs), genie.execute_local(plan, graph.inputs)
+    assert set(_calls()) == {"w0", "w1"}
+    for a, b in zip(there, here, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert y.shape == (256, 8)

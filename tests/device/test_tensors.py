@@ -109,6 +109,24 @@ def test_draws_that_nobody_wants_still_draw(session: object) -> None:
     assert torch.equal(torch.randn(3, device=DEVICE).cpu(), want)
 
 
+def test_a_draw_that_fails_disturbs_no_other(session: object) -> None:
+    def draws(device: str) -> list[torch.Tensor]:
+        torch.manual_seed(4)
+        first = torch.rand(2, device=device)
+        failed = torch.bernoulli(torch.full((2,), 7.0, device=DEVICE)) if device == DEVICE else None
+        torch.rand(5, device=device)           # nobody wants it, but it draws
+        second = torch.rand(2, device=device)
+        hangs_on = None if failed is None else torch.bernoulli(failed)
+        if failed is not None and hangs_on is not None:
+            for value in (failed, hangs_on):
+                with pytest.raises(genie.RemoteExecutionError, match="bernoulli"):
+                    value.cpu()
+        return [first.cpu(), second.cpu(), torch.rand(2, device=device).cpu()]
+
+    for a, b in zip(draws("cpu"), draws(DEVICE), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_printing_shows_content_and_device(session: object) -> None:
     x = torch.arange(3.0, device=DEVICE, requires_grad=True)
     assert repr(x) == f"tensor([0., 1., 2.], device='{DEVICE}:0', requires_grad=True)"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import genie_dynamo as genie
-from genie_dynamo import parts, placed, sessions, worker_facts
+from genie_dynamo import by_size, parts, placed, sessions, worker_facts
 from genie_dynamo.core.errors import ConfigError, UnsupportedGraphError
 from tests.face.test_placed import known
 
@@ -112,6 +112,35 @@ def test_a_step_with_its_backward_in_one_graph_runs_in_parts() -> None:
         torch.testing.assert_close(found, value)
         torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
     assert calls() == {"w0": 2, "w1": 2}
+
+
+def test_a_batch_of_any_size_is_cut_where_its_size_is_a_symbol() -> None:
+    model = Decoder()
+    reference = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="genie", dynamic=True, options={"microbatches": 4, "strict": False})
+    for number, rows in enumerate((16, 24, 16, 10)):
+        ids = torch.arange(rows * 64).view(rows, 64) % 97
+        for run in (compiled, reference):
+            nn.functional.cross_entropy(run(ids).flatten(0, 1), ids.flatten()).backward()
+        for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+        if number < 3:
+            assert min(calls().values()) == 2 * (number + 1), "forward and backward, on both"
+    refused = [event for event in genie.get_stats()["events"] if "microbatches not used" in event]
+    assert any("10 rows" in event and "multiple of 4" in event for event in refused), refused
+    assert len(torch._dynamo.utils.counters["stats"]) and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_symbolic_batch_beyond_the_sizes_that_have_a_plan_runs_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_size, "MAX_SIZES", 1)
+    model = Decoder().eval()
+    compiled = torch.compile(model, backend="genie", dynamic=True, options={"microbatches": 4})
+    for rows in (16, 24):
+        ids = torch.arange(rows * 64).view(rows, 64) % 97
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(ids), model(ids), rtol=1e-5, atol=1e-5)
+    assert sum(calls().values()) == 3
+    assert any("have a plan already" in event for event in genie.get_stats()["events"])
 
 
 def test_what_cannot_be_cut_is_refused_in_strict_mode_and_said_otherwise(caplog: pytest.LogCaptureFixture) -> None:

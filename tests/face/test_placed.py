@@ -229,16 +229,25 @@ def test_min_cost_runs_on_the_cheaper_worker(monkeypatch: pytest.MonkeyPatch) ->
                                             for w, price in zip(facts.workers, (3.0, 2.0), strict=True)))
 
     monkeypatch.setattr(worker_facts, "facts_of", priced)
+    genie.session().prices.update(w0=3.0, w1=2.0)
     model, (x, y) = Towers().eval(), inputs()
     compiled = torch.compile(model, backend="genie", options={"policy": "min_cost"})
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(compiled(x, y), model(x, y), rtol=0, atol=0)
     assert calls() == {"w0": 0, "w1": 2}
-    torch._dynamo.reset()
-    with pytest.raises(ConfigError, match="price_per_hour"), torch.no_grad():
-        monkeypatch.setattr(worker_facts, "facts_of", known)
-        torch.compile(model, backend="genie", options={"policy": "min_cost"})(x, y)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_min_cost_without_prices_is_an_error_however_many_workers_there_are(workers: int) -> None:
+    if workers == 1:
+        genie.init(workers=1, num_threads=1, strict=True)
+    compiled = torch.compile(torch.nn.Linear(4, 4), backend="genie", options={"policy": "min_cost"})
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="price_per_hour"), torch.no_grad():
+            compiled(torch.randn(2, 4))
+    with pytest.raises(ConfigError, match=r"embedded worker 0.*price_per_hour"):
+        genie.init(workers=workers, policy="min_cost")
 
 
 def test_a_worker_that_is_slower_than_estimated_loses_its_share(monkeypatch: pytest.MonkeyPatch) -> None:

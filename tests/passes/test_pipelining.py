@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from genie_dynamo.core.errors import PlacementError
 from genie_dynamo.core.plan import GuardFacts, verify_plan
+from genie_dynamo.passes.facts import read_facts
 from genie_dynamo.passes.partition import MARGIN, Partition
 from genie_dynamo.passes.pipelining import pipeline_partition
 from genie_dynamo.passes.placement.interfaces import Limits
@@ -66,10 +69,17 @@ def test_a_slow_lane_keeps_the_graph_whole_and_says_what_the_pipeline_would_take
     found = pipeline(graph, 4, lanes=[lane(latency_s=1.0)])
     assert len(found.workers) == 1 and found.split is None
     (row,) = [a for a in found.alternatives if "parts of the batch" in a.name]
-    assert not row.chosen and row.est_s is None and "busiest worker" in row.reason
+    assert not row.chosen and row.est_s and row.est_s > 1.0 and "must win" in row.reason
     slower = pipeline(graph, 4, lanes=[lane(latency_s=3e-3)])
     (row,) = [a for a in slower.alternatives if "parts of the batch" in a.name]
     assert slower.split is None and not row.chosen and row.est_s and "must win" in row.reason
+
+
+def test_what_has_one_weight_has_no_stages() -> None:
+    one = capture(nn.Linear(512, 512).eval(), torch.randn(256, 512))
+    found = pipeline(one, 4, lanes=[lane(latency_s=1.0)])
+    (row,) = [a for a in found.alternatives if "parts of the batch" in a.name]
+    assert not row.chosen and row.est_s is None and "busiest worker" in row.reason
 
 
 def test_under_max_throughput_the_busiest_worker_counts(graph: Any) -> None:
@@ -95,3 +105,65 @@ def test_memory_that_one_worker_lacks_makes_a_pipeline_of_it_whatever_it_costs(g
     assert len(found.workers) == 2
     with pytest.raises(PlacementError):
         pipeline(graph, 4, [replace(w, memory_bytes=1 << 20) for w in WORKERS])
+
+
+def training_step(layers: int = 6, width: int = 256) -> Any:
+    """A graph that holds loss and backward of a chain of layers."""
+    model = nn.Sequential(*[layer for _ in range(layers) for layer in (nn.Linear(width, width), nn.Tanh())])
+    weights = dict(model.named_parameters())
+
+    def step(x: torch.Tensor, target: torch.Tensor) -> Any:
+        def loss(weights: Any) -> torch.Tensor:
+            return nn.functional.cross_entropy(torch.func.functional_call(model, weights, (x,)), target)
+
+        return torch.func.grad_and_value(loss)(weights)
+
+    return captured_step(step, torch.randn(512, width), torch.arange(512) % width)
+
+
+def captured_step(step: Any, *inputs: torch.Tensor) -> Any:
+    found: list[Any] = []
+
+    def keep(gm: torch.fx.GraphModule, _: Any) -> Any:
+        found.append((gm, read_facts(gm, "inference")))
+        return make_boxed_func(gm.forward)
+
+    torch.compile(step, backend=aot_autograd(fw_compiler=keep, keep_inference_input_mutations=True))(*inputs)
+    return found[0]
+
+
+@pytest.mark.parametrize("parts", [4, 8])
+def test_a_training_step_starts_no_part_before_it_comes_back_to_an_earlier_one(parts: int, fresh_dynamo: None) -> None:
+    step = training_step()
+    found = pipeline(step, parts)
+    split = found.split
+    assert split is not None and split.in_order and found.workers == ("w0", "w1")
+    plan = plan_graph(split.gm, step[1], GuardFacts(), assign=lambda n: found.assign[n.name], num_workers=2,
+                      in_order=True)
+    verify_plan(plan)
+    forward, backward = stages_of(split)
+    held = {worker: most_held([n for f in plan.fragments if f.worker == worker for n in f.node_names], split, forward,
+                              backward) for worker in (0, 1)}
+    assert sorted(held.values()) == [1, 2], "one part at the worker that ends the forward, two at the one that begins"
+    free = plan_graph(split.gm, step[1], GuardFacts(), assign=lambda n: found.assign[n.name], num_workers=2)
+    ahead = [most_held([n for f in free.fragments if f.worker == worker for n in f.node_names], split, forward,
+                       backward) for worker in (0, 1)]
+    assert max(ahead) == parts, "what the order is for"
+
+
+def stages_of(split: Any) -> tuple[set[str], set[str]]:
+    """The products of the forward and those of the backward, by name of the whole graph's node."""
+    heavy = {split.origin[n.name]: n.target for n in split.gm.graph.nodes if n.target in (
+        torch.ops.aten.addmm.default, torch.ops.aten.mm.default)}
+    return ({n for n, target in heavy.items() if target is torch.ops.aten.addmm.default},
+            {n for n, target in heavy.items() if target is torch.ops.aten.mm.default})
+
+
+def most_held(names: Sequence[str], split: Any, forward: set[str], backward: set[str]) -> int:
+    """How many parts at once have begun their forward on a worker and not ended their backward there."""
+    last = {split.part[n]: index for index, n in enumerate(names) if split.origin[n] in backward}
+    first: dict[int, int] = {}
+    for index, name in enumerate(names):
+        if split.origin[name] in forward:
+            first.setdefault(split.part[name], index)
+    return max(sum(start <= at <= last[part] for part, start in first.items()) for at in range(len(names)))

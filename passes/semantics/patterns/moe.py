@@ -2,15 +2,15 @@
 
     router   x -> linear -> (softmax | sigmoid) -> topk, or the best one by one -> weights and indices of experts
     experts  tokens gathered by expert -> grouped product -> act -> grouped product -> scattered back
-             or a product per expert with its slice of one weight, joined again
+             or a product per expert with its slice of one weight, joined again; or one batch of products
 """
 from __future__ import annotations
 
 from genie_dynamo.core.semantics import Scalar
-from genie_dynamo.passes.semantics.ops import ELEMENTWISE, VIEWS
+from genie_dynamo.passes.semantics.ops import ACTIVATIONS, ELEMENTWISE, VIEWS
 from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Outcome, Pattern, ordered
-from genie_dynamo.passes.semantics.patterns.search import FLOW, weight_of
-from genie_dynamo.passes.semantics.view import GraphView, ViewNode, is_linear
+from genie_dynamo.passes.semantics.patterns.search import FLOW, crossing, next_linear, weight_of
+from genie_dynamo.passes.semantics.view import GraphView, ViewNode, is_linear, operands
 
 _SCORES = ELEMENTWISE | VIEWS | {"softmax", "sum", "gather", "index", "index_write", "zeros_like"}
 _DISPATCH = VIEWS | frozenset({
@@ -51,6 +51,8 @@ def _after_experts(node: ViewNode) -> bool:
 def match_experts(view: GraphView, node: ViewNode) -> Outcome:
     if node.op == "cat":
         return _one_by_one(view, node)
+    if node.op == "matmul":
+        return _all_at_once(view, node)
     above = list(view.backward(node, FLOW, 32))
     if any(n.op == "grouped_matmul" for n in above):
         return NoMatch("a later product of experts that another anchor has")
@@ -75,6 +77,31 @@ def _one_by_one(view: GraphView, node: ViewNode) -> Outcome:
                  annotations={"experts": len(products)}, reason="a product per slice of one weight, joined again")
 
 
+def _all_at_once(view: GraphView, node: ViewNode) -> Outcome:
+    """Every expert computes on a batch of its own: products with a stack of weights, activated between."""
+    if not _stacked(node):
+        return NoMatch("not a product of as many values as the weight has matrices")
+    if any(_stacked(n) for n in view.backward(node, FLOW, 16)):
+        return NoMatch("a later product of experts that another anchor has")
+    path = next_linear(view, node, FLOW, 24)
+    inner = crossing(view, [node], path[-1], FLOW) if path and _stacked(path[-1]) else set()
+    if not any(n.op in ACTIVATIONS for n in inner):
+        return NoMatch("no second stack of weights below an activation")
+    core = [n for n in inner if n.op not in VIEWS]
+    weight = node.inputs[-1].hint
+    return Match(kind="moe_experts", core=ordered(core), nodes=ordered(inner), confidence=0.92,
+                 annotations={"experts": weight[0] if weight else 0},
+                 reason="two products with stacks of weights, one matrix per expert, activated between")
+
+
+def _stacked(node: ViewNode) -> bool:
+    """A batch of products, each with its own matrix of one weight."""
+    pair = operands(node) if is_linear(node) else None
+    if pair is None or pair[0].hint is None or pair[1].hint is None:
+        return False
+    return len(pair[0].hint) == len(pair[1].hint) == 3 and pair[0].hint[0] == pair[1].hint[0] > 1
+
+
 def _below(node: ViewNode) -> list[ViewNode]:
     """What is computed from a product, up to the sum with the residual stream."""
     found: list[ViewNode] = []
@@ -93,4 +120,4 @@ def _below(node: ViewNode) -> list[ViewNode]:
 ROUTER = Pattern(name="moe_router", matcher=match_router, kinds=("moe_router",), priority=35,
                  anchors=("topk", "maximum", "argmax"))
 EXPERTS = Pattern(name="moe_experts", matcher=match_experts, kinds=("moe_experts",), priority=35,
-                  anchors=("grouped_matmul", "cat"))
+                  anchors=("grouped_matmul", "cat", "matmul"))

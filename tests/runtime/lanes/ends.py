@@ -1,6 +1,8 @@
 """Starts the other end of a lane and connects to it."""
 from __future__ import annotations
 
+import atexit
+import contextlib
 import itertools
 import os
 import signal
@@ -11,9 +13,15 @@ from typing import Any
 
 import pytest
 
+from genie_dynamo.runtime.lanes import dpdk
+from genie_dynamo.runtime.lanes import native as native_lanes
+from tests.runtime.lanes import networks
+
 ROOT = Path(__file__).resolve().parents[3]
 KINDS = ("shm", "tcp")
-"""Lanes between processes; every promise of lane.h is tested over each of them."""
+"""Lanes whose receiver moves them itself: what it does not look at has not arrived."""
+PORTS = ("memif", "af_packet")
+"""Ports of the dpdk lane, which a thread of its own moves. The promises of lane.h hold over these too."""
 
 _numbers = itertools.count()
 
@@ -23,17 +31,39 @@ def native() -> Any:
     return pytest.importorskip("genie_dynamo._native", reason="the native extension is not built")
 
 
+def why_not(kind: str) -> str:
+    """Why this kind of lane or port cannot be tested here; empty where it can."""
+    if kind in KINDS:
+        return native_lanes.why_not()
+    return networks.why_no_dpdk() if kind == "memif" else networks.why_no_namespaces()
+
+
 class Peer:
-    """A process with the other end. `channel` is this process's."""
+    """A process with the other end. `channel` is this process's.
+
+    Over af_packet each end has a network namespace; this thread is in its own for as long as the peer lives, and other
+    threads are not.
+    """
 
     def __init__(self, kind: str, mode: str) -> None:
+        self._stack = contextlib.ExitStack()
+        self.pair = self._stack.enter_context(networks.veth(mtu=9000)) if kind == "af_packet" else None
+        here, there, prefix = kind, kind, []
+        if self.pair is not None:
+            here, there = f"{kind}:{self.pair.first_interface}", f"{kind}:{self.pair.second_interface}"
+            prefix = self.pair.inside(1)
+            self._stack.enter_context(networks.thread_inside(self.pair.first))
         address = f"@genie-tests-{os.getpid()}-{next(_numbers)}" if kind == "shm" else "127.0.0.1:0"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.runtime.lanes.peer", kind, address, mode], cwd=ROOT, text=True,
+            [*prefix, sys.executable, "-m", "tests.runtime.lanes.peer", there, address, mode], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         self.address = self._process.stdout.readline().strip()
-        self.channel = native().connect(kind, self.address, 10.0)
+        self.channel = native().connect(kind, self.address, 10.0) if kind in KINDS else over_port(here, self.address)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
@@ -49,6 +79,16 @@ class Peer:
         self._process.send_signal(signal.SIGCONT)
         self._process.kill()
         self._process.communicate()
+        self._stack.close()
+
+
+def over_port(port: str, address: str) -> Any:
+    """A channel over a port of this process, which has as many as it likes here; DPDK stays on until it ends."""
+    module = dpdk.module()
+    if not module.is_running():
+        module.start()
+        atexit.register(module.stop)
+    return native().adopt_lane(module.connect(port, address, 10.0))
 
 
 def open_files() -> list[str]:

@@ -2,13 +2,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import itertools
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from genie_dynamo.runtime.lanes import dpdk, native
+
+_CLONE_NEWNET = 0x40000000
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +54,16 @@ def why_no_namespaces() -> str:
 @contextlib.contextmanager
 def veth(mtu: int) -> Iterator[Pair]:
     """The pair, of one queue each way: af_xdp takes what comes on one queue, and the kernel spreads over all."""
-    pid = os.getpid()
-    pair = Pair(f"genie-{pid}-a", f"genie-{pid}-b", "gv0", "gv1")
+    number = next(_numbers)
+    name = f"genie-{os.getpid()}-{number}"
+    pair = Pair(f"{name}a", f"{name}b", f"gv{number}a", f"gv{number}b")   # no two of one process have the same name
     names = ((pair.first, pair.first_interface), (pair.second, pair.second_interface))
     queues = ["numrxqueues", "1", "numtxqueues", "1"]
     try:
         for namespace, _ in names:
             _run("ip", "netns", "add", namespace)
-        _run("ip", "link", "add", "gv0", *queues, "netns", pair.first, "type", "veth", "peer", "name", "gv1", *queues,
-             "netns", pair.second)
+        _run("ip", "link", "add", pair.first_interface, *queues, "netns", pair.first, "type", "veth", "peer", "name",
+             pair.second_interface, *queues, "netns", pair.second)
         for namespace, interface in names:
             _run("ip", "-n", namespace, "link", "set", "lo", "up")
             _run("ip", "-n", namespace, "link", "set", interface, "mtu", str(mtu), "up")
@@ -64,6 +71,19 @@ def veth(mtu: int) -> Iterator[Pair]:
     finally:
         for namespace, _ in names:
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
+
+
+@contextlib.contextmanager
+def thread_inside(namespace: str) -> Iterator[None]:
+    """This thread, and what it starts meanwhile, in a namespace of `ip netns`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/proc/thread-self/ns/net").open() as before, Path("/run/netns", namespace).open() as inside:
+        if libc.setns(inside.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"entering the namespace {namespace}")
+        try:
+            yield
+        finally:
+            libc.setns(before.fileno(), _CLONE_NEWNET)
 
 
 def _run(*command: str) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import threading
 import time
@@ -13,13 +14,19 @@ import torch
 from genie_dynamo.runtime.lanes.ends import BULK, URGENT, NativeEnd
 from genie_dynamo.runtime.lanes.native import to_own_tensor, to_tensor
 from genie_dynamo.runtime.lanes.transfer import TransferError
-from tests.runtime.lanes.ends import KINDS, Peer, mapped_segments, native, open_files
+from tests.runtime.lanes.ends import KINDS, PORTS, Peer, mapped_segments, native, open_files, why_not
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, *PORTS])
 def kind(request: pytest.FixtureRequest) -> str:
-    native()
+    if why := why_not(request.param):
+        pytest.skip(why)
     return str(request.param)
+
+
+# What a deaf receiver has not looked at has not arrived; a dpdk lane's own thread lands it all the same. And a port has
+# no memory of its own.
+not_over_ports = pytest.mark.parametrize("kind", KINDS, indirect=True)
 
 
 @pytest.fixture
@@ -94,6 +101,7 @@ def test_a_killed_peer_ends_everything_and_leaves_nothing_behind(kind: str, peer
     assert mapped_segments() <= segments
 
 
+@not_over_ports
 @pytest.mark.parametrize("peer", ["deaf"], indirect=True)
 @pytest.mark.parametrize("size", [100, 3_000_000])
 def test_open_transfers_end_when_the_peer_is_killed(peer: Peer, size: int) -> None:
@@ -119,6 +127,7 @@ def test_a_stopped_peer_is_a_timeout_and_the_lane_goes_on_afterwards(kind: str, 
     assert set(answers) <= {b"late", b"next"}
 
 
+@not_over_ports
 @pytest.mark.parametrize("peer", ["deaf"], indirect=True)
 def test_cancel_and_close_are_told_apart(peer: Peer) -> None:
     first = peer.channel.send([b"a"], watch=True)
@@ -144,6 +153,47 @@ def test_a_transfer_is_a_future(peer: Peer) -> None:
     assert not transfer.cancel()
 
 
+def test_threads_that_wait_for_one_future_all_learn_its_end(peer: Peer) -> None:
+    end = NativeEnd(peer.channel, 1.0, 0.0, digest=False)
+    for _ in range(20):
+        transfer = end.post([b"head", payload(1000).numpy()])
+        assert transfer is not None
+        learnt: list[int] = []
+        called: list[str] = []
+        transfer.add_done_callback(lambda t, called=called: called.append(t.end))
+        threads = [threading.Thread(target=lambda t=transfer, learnt=learnt: learnt.append(t.result(10.0)))
+                   for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert learnt == [1004] * 3
+        assert called == ["OK"]
+
+
+def test_a_message_of_more_buffers_than_a_lane_names_arrives(peer: Peer) -> None:
+    sent = [payload(i % 50, i) for i in range(6000)]
+    peer.channel.send([b"head", *[x.numpy() for x in sent]])
+    header, frames = peer.channel.receive(10.0)
+    assert header == b"head"
+    assert all(torch.equal(to_tensor(a), b) for a, b in zip(frames, sent, strict=True))
+
+
+def test_a_forked_child_leaves_the_lane_to_its_parent(peer: Peer) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            peer.channel.send([b"from the child"])
+            os._exit(1)
+        except OSError as error:
+            peer.channel.close()
+            os._exit(0 if "forked" in str(error) else 2)
+    assert os.waitpid(child, 0)[1] == 0
+    peer.channel.send([b"from the parent"])
+    assert peer.channel.receive(10.0) == (b"from the parent", [])
+
+
+@not_over_ports
 @pytest.mark.parametrize("peer", ["deaf"], indirect=True)
 def test_a_future_says_how_it_failed(peer: Peer) -> None:
     end = NativeEnd(peer.channel, 1.0, 0.0, digest=False)
@@ -172,6 +222,7 @@ def test_the_gil_is_free_while_a_thread_waits(peer: Peer) -> None:
     assert count > 1000
 
 
+@not_over_ports
 def test_memory_of_the_lane_is_sent_without_a_copy(kind: str, peer: Peer) -> None:
     memory = peer.channel.allocate(1 << 20)
     tensor = to_tensor(memory)
@@ -184,6 +235,7 @@ def test_memory_of_the_lane_is_sent_without_a_copy(kind: str, peer: Peer) -> Non
     assert (peer.channel.statistics()["bytes_shared"] >= 1 << 20) == (kind == "shm")
 
 
+@not_over_ports
 def test_slabs_come_back(kind: str, peer: Peer) -> None:
     """A steady state asks the system for no more memory, though every message takes slabs at both ends."""
     x = payload(1 << 20).numpy()

@@ -147,4 +147,4 @@ def test_an_mtu_that_af_xdp_cannot_carry_is_said() -> None:
                 print(error)
             _dpdk.stop()
         """, *pair.inside(0))
-    assert "MTU of 'gv0' is 9000, at most 3542" in out
+    assert f"MTU of '{pair.first_interface}' is 9000, at most 3542" in out

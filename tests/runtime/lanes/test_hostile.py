@@ -2,14 +2,18 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import mmap
 import os
+import resource
+import select
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +172,69 @@ def test_a_slice_beyond_its_segment_is_refused(hostile: HostileShm) -> None:
     hostile.write(message([(4096, (1 << 20) - 4000, 1)]))
     with pytest.raises(OSError, match="CORRUPT"):
         hostile.channel.receive(1.0)
+
+
+def test_a_bell_that_would_block_is_rung_without_waiting(hostile: HostileShm) -> None:
+    os.set_blocking(hostile.bell, True)
+    os.eventfd_write(hostile.bell, 2**64 - 2)                     # one more does not fit
+    hostile.ring[128:132] = struct.pack("<I", 1)                   # it says that it sleeps
+    rung = threading.Thread(target=lambda: hostile.channel.send([b"x"]), daemon=True)
+    rung.start()
+    rung.join(5)
+    assert not rung.is_alive()
+
+
+def test_a_flood_of_records_does_not_keep_the_receiver(hostile: HostileShm) -> None:
+    """One look takes a bounded number: a worker has other clients."""
+    one = record(RELEASE, b"")
+    hostile.write(one * (RING_BYTES // len(one) // 2))
+    hostile.channel.try_receive()
+    taken, = struct.unpack_from("<Q", hostile.ring, 64)
+    assert 0 < taken <= 256 * len(one)
+    assert not hostile.channel.arm()                               # and there is more to look at
+
+
+def test_slices_that_name_more_than_may_be_sent_are_refused(hostile: HostileShm) -> None:
+    """The same pages again and again: nothing was sent, but a receiver that copies would fill its memory."""
+    segment = os.memfd_create("hostile", os.MFD_ALLOW_SEALING)
+    os.ftruncate(segment, 1 << 31)
+    fcntl.fcntl(segment, fcntl.F_ADD_SEALS, SEALS)
+    pass_fds(hostile.socket, packet(SEGMENT, 1 << 31, number=1), [segment])
+    os.close(segment)
+    hostile.write(message([(1 << 31, 0, 1)] * 64))
+    with pytest.raises(OSError, match="CORRUPT"):
+        hostile.channel.receive(1.0)
+
+
+@pytest.mark.parametrize("kind", ["shm", "tcp"])
+def test_a_process_without_descriptors_turns_connections_away_and_does_not_spin(lanes: Any, kind: str) -> None:
+    name = f"@genie-full-{os.getpid()}-{time.monotonic_ns()}"
+    listener = lanes.listen(kind, name if kind == "shm" else "127.0.0.1:0")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) if kind == "shm" else socket.socket() as sock:
+        highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, limits[1]))
+        filler: list[int] = []
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    filler.append(os.open(os.devnull, os.O_RDONLY))
+            if kind == "shm":
+                sock.connect("\0" + name[1:])
+            else:
+                host, _, port = listener.address.rpartition(":")
+                sock.connect((host, int(port)))
+            with pytest.raises(OSError, match="turned away"):
+                accept(listener)
+            poller = select.poll()                                 # as a worker's, which has its descriptor already
+            poller.register(listener.fileno(), select.POLLIN)
+            assert poller.poll(50) == []
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for fd in filler:
+                os.close(fd)
+        assert sock.recv(1) == b""
+    listener.close()
 
 
 @pytest.mark.parametrize(("body", "fds", "says"), [
