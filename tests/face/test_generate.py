@@ -56,7 +56,8 @@ def test_static_cache(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name == "llama" else SLOW) for name in ("gpt2", "llama", "qwen3", "mixtral", "t5", "whisper")])
+    pytest.param(name, marks=() if name == "llama" else SLOW)
+    for name in ("gpt2", "llama", "qwen3", "mixtral", "t5", "whisper")])
 def test_assisted_generation_crops_the_cache(name: str) -> None:
     eager, compiled, prompt = pair(name, batch=1)
     assistant, compiled_assistant, _ = pair(name, batch=1)
