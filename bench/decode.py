@@ -7,7 +7,8 @@
     full           caches and other state stay too; what is new of them comes down
 
 decode: 50 tokens after a prompt of 72, GPT-2 small and a Llama of 100 M parameters, random weights. chat: ten turns
-with one cache. whisper: two pieces of 30 s, token by token. training: forward, backward, AdamW.
+with one cache. whisper: two pieces of 30 s, token by token. training: forward, backward, AdamW, whose step is local
+but for one way more, "full, step there" (`parameters="remote"`). A message per op has no autograd, and does not train.
 
 All ways but the first share a process, a session and its one worker, so that they have the same lanes. Bytes and
 seconds are those of the measured stretch alone (each token after the first), and are counted, never modelled.
@@ -20,6 +21,8 @@ from typing import Any
 from bench.harness import Case, Measurement, Settings, Side, Step, Target, measure, ratio_target
 
 LOCAL, DRIVER, WAYS = "local eager", "driver-level", ("blind", "weights", "full")
+STEP_THERE = "full, step there"
+"""Training: the optimizer's step compiled too, with `parameters="remote"`."""
 OVER_LOCAL, OVER_FLOOR, OF_WEIGHTS = 1.10, 1.2, 0.03
 _WEIGHTS_MODE = "weights"
 
@@ -36,9 +39,11 @@ def genie(params: Mapping[str, Any]) -> Step:
     from bench.decode_models import SCENES, model_of, own_code
 
     remote, way = workloads.remote(params), params["way"]
+    parameters = params.get("parameters", "local")
 
     def wrap(function: Any) -> Any:
-        return remote.compile(own_code(function, f"{function.__name__}_{way}"), awareness=way)
+        return remote.compile(own_code(function, f"{function.__name__}_{way}_{parameters}"), awareness=way,
+                              parameters=parameters, fullgraph=parameters == "local")     # torch breaks a step's graph
 
     scene = SCENES[params["scene"]](model_of(params["model"]), wrap, params)
     return _step(scene, lambda: _counters(remote), close=remote.close)
@@ -118,6 +123,9 @@ def measure_case(settings: Settings, scene: str, model: str, threads: int, *, pr
         sides.append(Side(module=__name__, factory="driver_level", name=DRIVER, process="remote", params=params))
     sides += [Side(module=__name__, factory="genie", name=way, process="remote", params={**params, "way": way})
               for way in WAYS]
+    if settings.backend == "genie" and scene == "training":
+        sides.append(Side(module=__name__, factory="genie", name=STEP_THERE, process="remote",
+                          params={**params, "way": "full", "parameters": "remote"}))
     seen = measure(settings, sides, blocks=1, samples=1, settle=0, threads=threads, tolerance=1e-5)
     per_unit = {label: dict(counters) for label, counters in seen.per_call.items()}
     unit = {"chat": "turn", "training": "step"}.get(scene, "token")

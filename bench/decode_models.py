@@ -227,7 +227,12 @@ class Training:
             logits = model(input_ids=ids, use_cache=False).logits
             return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
-        self._loss = wrap(loss_of)
+        self._loss, self._step = wrap(loss_of), self._optimizer.step
+        if params.get("parameters") == "remote":
+            def take_step() -> None:
+                self._optimizer.step()
+
+            self._step = wrap(take_step)
         self._steps_taken = 0
 
     def run(self, counters: Counters) -> Outcome:
@@ -241,7 +246,7 @@ class Training:
                     meter.start()
                 loss = self._loss(ids)
                 loss.backward()
-                self._optimizer.step()
+                self._step()
                 self._optimizer.zero_grad(set_to_none=True)
                 losses.append(float(loss.detach()))
         meter.stop(self._num_steps)

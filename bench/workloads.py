@@ -120,11 +120,11 @@ class Remote:
         (worker,) = genie.get_stats()["workers"].values()
         self.worker_pid = int(worker["pid"])
 
-    def compile(self, target: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def compile(self, target: Callable[..., Any], *, fullgraph: bool = True, **options: Any) -> Callable[..., Any]:
         """Strict: a graph that would run locally is an error here, not a good number."""
         given = {"strict": True, **options} if self._backend == "genie" else None
         compiled: Callable[..., Any] = torch.compile(
-            target, backend=self._backend, options=given, fullgraph=True)
+            target, backend=self._backend, options=given, fullgraph=fullgraph)
         return compiled
 
     def counters(self) -> dict[str, float]:

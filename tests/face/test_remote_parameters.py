@@ -35,15 +35,15 @@ def network() -> nn.Module:
 class Loop:
     """A training loop, eager or with forward, backward and step on the worker."""
 
-    def __init__(self, remote: bool, optimizer: str = "adamw") -> None:
+    def __init__(self, remote: bool, optimizer: str = "adamw", **options: Any) -> None:
         net = self.net = network()
         opt = self.optimizer = OPTIMIZERS[optimizer](net.parameters())
         loss_of: Any = lambda x, y: F.mse_loss(net(x), y)  # noqa: E731
         step: Any = lambda: opt.step()  # noqa: E731
         self.loss_of, self._step = loss_of, step
         if remote:
-            self.loss_of = torch.compile(loss_of, backend="genie", fullgraph=True)
-            self._step = torch.compile(step, backend="genie", options={"parameters": "remote"})
+            self.loss_of = torch.compile(loss_of, backend="genie", fullgraph=True, options=options)
+            self._step = torch.compile(step, backend="genie", options={"parameters": "remote", **options})
         self._data = torch.Generator().manual_seed(1)
 
     def run(self, steps: int) -> list[float]:
@@ -327,6 +327,39 @@ def test_closing_the_session_brings_them_home(own_session: Any) -> None:
     genie.shutdown()
     assert not stale.any_stale()
     close(list(remote.net.parameters()), list(eager.net.parameters()))
+
+
+def test_with_two_workers_each_step_finds_what_the_last_one_left(own_session: Any) -> None:
+    from genie_dynamo.runtime.client.attempt import Attempts
+
+    session = own_session(workers=2)
+    eager, remote = Loop(False), Loop(True)
+    close(remote.run(3), eager.run(3))
+    assert stale.is_stale(remote.weight)
+    turns = iter(range(1000))
+    with pytest.MonkeyPatch.context() as patch:
+        # Calls that go now here, now there: what lives on one worker alone takes the long way to the other.
+        patch.setattr(Attempts, "_near_state", lambda self, session, args: session.links[next(turns) // 3 % 2])
+        close(remote.run(4), eager.run(4))
+    assert next(turns) > 6
+    close(list(remote.net.parameters()), list(eager.net.parameters()))
+    assert all(not link.lost for link in session.links)
+
+
+def test_calls_that_are_verified_compare_with_the_truth(session: object) -> None:
+    eager, remote = Loop(False, "sgd"), Loop(True, "sgd", verify=1.0)
+    genie.reset_stats()
+    close(remote.run(3), eager.run(3))
+    stats = genie.get_stats()
+    assert stats["events"]["call verified"] == stats["calls"] > 0
+    close(remote.weight, eager.weight)
+
+
+def test_blind_keeps_nothing_anywhere_and_says_so_by_being_current(session: object) -> None:
+    eager, remote = Loop(False), Loop(True, awareness="blind")
+    close(remote.run(3), eager.run(3))
+    assert not stale.any_stale(), "what is sent with every call comes back with every call"
+    close(remote.weight, eager.weight)
 
 
 def test_the_default_leaves_nothing_behind(session: object) -> None:
