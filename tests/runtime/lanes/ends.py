@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ class Peer:
             prefix = self.pair.inside(1)
             self._stack.enter_context(networks.thread_inside(self.pair.first))
         address = f"@genie-tests-{os.getpid()}-{next(_numbers)}" if kind == "shm" else "127.0.0.1:0"
+        if kind in PORTS:
+            address = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="genie-t-"))
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-m", "tests.runtime.lanes.peer", there, address, mode], cwd=ROOT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -1,6 +1,6 @@
 """The other end of a lane, in a process of its own: `python -m tests.runtime.lanes.peer KIND ADDRESS MODE`.
 
-KIND is shm, tcp or a port of the dpdk lane, which needs no address.
+KIND is shm, tcp or a port of the dpdk lane, whose address is a directory of mode 0700.
 
 echo    sends every message back
 hold    takes messages and keeps them; says after each how many
@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import tempfile
 import threading
 import time
 from typing import Any
@@ -21,7 +20,7 @@ from genie_dynamo import _native
 
 
 def serve(kind: str, address: str, mode: str) -> None:
-    listener = _native.listen(kind, address) if kind in ("shm", "tcp") else listen_at_port(kind)
+    listener = _native.listen(kind, address) if kind in ("shm", "tcp") else listen_at_port(kind, address)
     print(listener.address, flush=True)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     channel = None
@@ -51,13 +50,13 @@ def serve(kind: str, address: str, mode: str) -> None:
             channel.send([header, *frames])
 
 
-def listen_at_port(port: str) -> Any:
+def listen_at_port(port: str, directory: str) -> Any:
     """A listener on a port of DPDK, without the imports of runtime/lanes/dpdk.py: a process starts in half the time."""
     from genie_dynamo import _dpdk
 
     _dpdk.start()
     atexit.register(_dpdk.stop)
-    return _native.adopt_listener(_dpdk.listen(port, tempfile.mkdtemp(prefix="genie-t-")))
+    return _native.adopt_listener(_dpdk.listen(port, directory))
 
 
 def _exit_with_parent() -> None:

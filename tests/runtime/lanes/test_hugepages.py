@@ -70,10 +70,10 @@ def hugepages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         RESERVED.write_text(str(before))
 
 
-def test_memif_runs_on_hugepages_and_a_killed_process_leaves_none_taken(hugepages: Path) -> None:
+def test_memif_runs_on_hugepages_and_a_killed_process_leaves_none_taken(hugepages: Path, tmp_path: Path) -> None:
     if why := networks.why_no_dpdk():
         pytest.skip(why)
-    peer = subprocess.Popen([sys.executable, "-m", "tests.runtime.lanes.peer", "memif", "", "echo"], cwd=ROOT,
+    peer = subprocess.Popen([sys.executable, "-m", "tests.runtime.lanes.peer", "memif", tmp_path, "echo"], cwd=ROOT,
                             text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert peer.stdout is not None
