@@ -46,9 +46,9 @@ def compiled_graph(model: torch.nn.Module, *args: Any, dynamic: bool = False) ->
     return compiled, seen[0]
 
 
-def run_until_timed(compiled: Any, *args: Any, workers: int = 1) -> None:
+def run_until_timed(compiled: Any, *args: Any) -> None:
     deadline = time.monotonic() + 60
-    while genie.get_stats()["events"].get("nodes timed", 0) < workers:
+    while not genie.get_stats()["events"].get("nodes timed"):
         assert time.monotonic() < deadline, "the nodes were not timed"
         compiled(*args)
 
@@ -92,13 +92,19 @@ def test_a_cut_graph_is_timed_on_each_of_its_workers() -> None:
     session = genie.session()
     assert worker_facts.facts_of(session, wait=True) is not None
     model, args = Towers().eval(), (torch.randn(256, 512), torch.randn(256, 512))
+    deadline = time.monotonic() + 60
     with torch.no_grad():
         compiled, graph = compiled_graph(model, *args)
-        run_until_timed(compiled, *args, workers=len(graph.current.measured_s(session)))
-    facts = worker_facts.facts_of(session)
-    assert facts is not None
-    assert [w.fit is not None for w in facts.workers] == [w.name in graph.current.measured_s(session)
-                                                        for w in facts.workers]
+        while True:
+            compiled(*args)
+            facts = worker_facts.facts_of(session)
+            assert facts is not None
+            timed = {w.name for w in facts.workers if w.fit is not None}
+            # Whether it is cut is for what was measured to say; whole, it runs on any worker, and one is timed.
+            if len(timed) >= graph.current.plan.num_workers:
+                break
+            assert time.monotonic() < deadline, timed
+    assert timed <= set(graph.current.measured_s(session))
 
 
 def test_times_of_calls_of_different_sizes_are_not_mixed() -> None:
