@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import genie_dynamo as genie
-from genie_dynamo import by_size, parts, placed, sessions, worker_facts
+from genie_dynamo import backend, by_size, parts, placed, sessions, worker_facts
 from genie_dynamo.core.errors import ConfigError, UnsupportedGraphError
 from tests.face.test_placed import known
 from tests.models import architectures
@@ -94,11 +94,13 @@ def test_training_in_parts_gives_the_gradients_of_the_whole_batch() -> None:
     assert calls() == {"w0": 4, "w1": 4}, "forward and backward, twice"
 
 
-def test_a_step_with_its_backward_in_one_graph_runs_in_parts() -> None:
+def test_a_step_with_its_backward_in_one_graph_runs_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[placed.PlacedGraph] = []
+    monkeypatch.setattr(backend, "observers", [seen.append])
     torch.manual_seed(0)
     model = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(256, 256), nn.Tanh())])
     weights = dict(model.named_parameters())
-    x, target = torch.randn(128, 256), torch.arange(128) % 256
+    x, target = torch.randn(512, 256), torch.arange(512) % 256
 
     def step(x: torch.Tensor, target: torch.Tensor) -> Any:
         def loss(weights: Any) -> torch.Tensor:
@@ -112,6 +114,8 @@ def test_a_step_with_its_backward_in_one_graph_runs_in_parts() -> None:
         gradients, found = compiled(x, target)
         torch.testing.assert_close(found, value)
         torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+    (graph,) = seen
+    assert graph.found is not None and graph.found.split is not None and graph.found.split.num_parts == 4
     assert calls() == {"w0": 2, "w1": 2}
 
 
