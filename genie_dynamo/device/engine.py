@@ -167,7 +167,9 @@ class Engine:
     # -- running ----------------------------------------------------------------------------------------------
 
     def place(self) -> tuple[Session, WorkerLink]:
-        """The session and the worker that the device stands for now. Raises: WorkerLostError."""
+        """The session and the worker that the device stands for now. Raises: WorkerLostError, RuntimeError."""
+        if memories.in_child:
+            memories.refuse_in_child()
         session = sessions.session()
         session.check_open()
         if session.links[0].lost:

@@ -31,6 +31,12 @@ _known: MutableMapping[Tensor, tuple[Any, Node]] = WeakIdKeyDictionary()
 """By tensor: its version, layout and some elements when it was sent, and the node of what it held."""
 
 
+def check_ordinal(device: torch.device) -> None:
+    """Raises: RuntimeError for a device of ours that is not there."""
+    if device.type == NAME and device.index not in (None, 0):
+        raise RuntimeError(f"{device}: invalid device ordinal; there is one {NAME}, number 0")
+
+
 def admit(tensor: Tensor, target: Any, *, indices: bool) -> Node:
     """A node for a tensor that is not of the device.
 

@@ -6,6 +6,7 @@ other way, then a Memory. Real views share the storage, so autograd, `_base` and
 """
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,22 @@ Tensor = torch.Tensor
 
 storage_of: Any = torch.Tensor.untyped_storage
 create = torch._C._acc.create_empty_tensor
+in_child = False
+"""Whether this process was forked from one that had the device."""
+
+
+def refuse_in_child(*_: object) -> Any:
+    """As CUDA does. Raises: RuntimeError."""
+    raise RuntimeError("remote_accelerator cannot be used in a forked process, what is on it belongs to the parent: "
+                       "let a DataLoader's dataset return CPU tensors, or start processes with the 'spawn' method")
+
+
+def _forked() -> None:
+    global create, in_child
+    create, in_child = refuse_in_child, True
+
+
+os.register_at_fork(after_in_child=_forked)
 reference = weakref.ref
 _new: Any = object.__new__
 _shifted: Any = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]

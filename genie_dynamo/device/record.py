@@ -207,7 +207,10 @@ def fill(tree: Any, inputs: Sequence[Any], numbers: Sequence[Any], scalars: Sequ
         return tuple([fill(item, inputs, numbers, scalars, device) for item in tree])
     if isinstance(tree, dict):
         return {name: fill(item, inputs, numbers, scalars, device) for name, item in tree.items()}
-    return device if isinstance(tree, torch.device) else tree
+    if isinstance(tree, torch.device):
+        foreign.check_ordinal(tree)
+        return device
+    return tree
 
 
 def meta_of(own: Layout) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch._C import DispatchKey
 
 from genie_dynamo.device import engine as engines
-from genie_dynamo.device.foreign import NAME
+from genie_dynamo.device.foreign import NAME, check_ordinal
 from genie_dynamo.device.kernels import functional, outputs_of, resize
 from genie_dynamo.device.memory import alias_of, is_ours, lazy_bits, memory_of, new_tensor, node_of, write
 from genie_dynamo.device.nodes import Node, layout_of
@@ -70,6 +70,8 @@ def _check_fits(src: Tensor, target: Tensor) -> None:
 
 def to_copy(self: Tensor, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,
             non_blocking: bool = False, memory_format: Any = None) -> Tensor:
+    if device is not None:
+        check_ordinal(device)
     if not is_ours(self):
         plain = self.detach().to(dtype=dtype or self.dtype, memory_format=memory_format or torch.preserve_format)
         return _sent(plain)

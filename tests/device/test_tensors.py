@@ -3,9 +3,11 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -319,3 +321,42 @@ def test_moving_a_module_keeps_its_parameters(session: object) -> None:
     optimizer.step()
     assert torch.equal(model.cpu().one.weight.detach(), want)
     assert model.one.weight is model.two.weight is weight
+
+
+@pytest.mark.parametrize("make", [
+    lambda device: torch.ones(2, device=device), lambda device: torch.randn(2).to(device),
+    lambda device: torch.zeros(2, device="remote_accelerator").to(device)])
+def test_there_is_one_of_them(session: object, make: Any) -> None:
+    with pytest.raises(RuntimeError, match="remote_accelerator:1: invalid device ordinal"):
+        make("remote_accelerator:1")
+    assert make("remote_accelerator:0").device == torch.device("remote_accelerator:0")
+
+
+class OnTheDevice(torch.utils.data.Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.ones(2, device=DEVICE)
+
+
+def test_a_forked_process_is_refused(session: object) -> None:
+    loader = torch.utils.data.DataLoader(OnTheDevice(), num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(RuntimeError, match="cannot be used in a forked process"):
+        next(iter(loader))
+    held = torch.ones(3, device=DEVICE)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            held.tolist()
+            os.write(write, b"read")
+        except RuntimeError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    assert b"forked process" in os.read(read, 1000)
+    os.close(read)
+    assert held.tolist() == [1, 1, 1]
