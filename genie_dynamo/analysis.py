@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -41,7 +42,7 @@ def analyze(model_or_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Seman
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = annotate(gm, guards=read_guards(gm))
         mark(gm, graph)
-        found.append(_with_costs(graph, _region_costs(gm, inputs)))
+        found.append(with_costs(graph, _region_costs(gm, inputs)))
 
         def leave(*_: Any) -> Any:
             raise _Captured
@@ -57,8 +58,9 @@ def analyze(model_or_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Seman
             pass
         except torch._dynamo.exc.Unsupported as exc:
             raise UnsupportedGraphError(
-                f"{_name(target)} cannot be captured as one graph: {str(exc).strip().splitlines()[0]}; analyze a "
-                "submodule, or find the break with torch._dynamo.explain", reasons=(str(exc),)) from exc
+                f"{_name(target)} cannot be captured as one graph: {str(exc).strip().splitlines()[0]}{_where(exc)}; "
+                "check the arguments, analyze a submodule, or find the break with torch._dynamo.explain",
+                reasons=(str(exc),)) from exc
     if not found:
         return SemanticGraph(reason="the call computes nothing on tensors",
                              warnings=("the call computes nothing on tensors",))
@@ -70,20 +72,32 @@ def _region_costs(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, tuple[
     sums: dict[str, tuple[float, float]] = {}
 
     def keep(aten: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        costs = analyze_costs(aten)
-        columns = costs.values(_hints(aten))
-        moved = columns["bytes_read"] + columns["bytes_written"]
-        region_of = {node.name: region_id for node in aten.graph.nodes if (region_id := region_id_of(node))}
-        for name, flops, size in zip(costs.nodes, columns["flops"].tolist(), moved.tolist(), strict=True):
-            if name in region_of:
-                before = sums.get(region_of[name], (0.0, 0.0))
-                sums[region_of[name]] = (before[0] + flops, before[1] + size)
+        sums.update(sums_by_region(aten))
         return aten.forward
 
     try:
-        aot_autograd(fw_compiler=keep, inference_compiler=keep, keep_inference_input_mutations=True)(gm, inputs)
+        # With symbolic sizes the backward is compiled at once too, and is no part of the call.
+        aot_autograd(fw_compiler=keep, bw_compiler=lambda aten, _: aten.forward, inference_compiler=keep,
+                     keep_inference_input_mutations=True)(gm, inputs)
     except Exception as error:     # what is understood is worth having without its costs
         log.info("regions have no costs: %s", error)
+    return sums
+
+
+def sums_by_region(aten: fx.GraphModule) -> dict[str, tuple[float, float]]:
+    """Region id -> (FLOPs, bytes moved) of a graph of ATen ops whose nodes are marked with their regions.
+
+    Raises: CostError.
+    """
+    sums: dict[str, tuple[float, float]] = {}
+    costs = analyze_costs(aten)
+    columns = costs.values(_hints(aten))
+    moved = columns["bytes_read"] + columns["bytes_written"]
+    region_of = {node.name: region_id for node in aten.graph.nodes if (region_id := region_id_of(node))}
+    for name, flops, size in zip(costs.nodes, columns["flops"].tolist(), moved.tolist(), strict=True):
+        if name in region_of:
+            before = sums.get(region_of[name], (0.0, 0.0))
+            sums[region_of[name]] = (before[0] + flops, before[1] + size)
     return sums
 
 
@@ -96,8 +110,8 @@ def _hints(gm: fx.GraphModule) -> dict[str, int]:
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.hint is not None}
 
 
-def _with_costs(graph: SemanticGraph, sums: Mapping[str, tuple[float, float]]) -> SemanticGraph:
-    """Containers have the sums of what they hold."""
+def with_costs(graph: SemanticGraph, sums: Mapping[str, tuple[float, float]]) -> SemanticGraph:
+    """The graph with what its regions cost. Containers have the sums of what they hold."""
     held: dict[str, tuple[float, float]] = dict(sums)
     for region in graph.regions:
         if region.parent and region.region_id in sums:
@@ -106,6 +120,12 @@ def _with_costs(graph: SemanticGraph, sums: Mapping[str, tuple[float, float]]) -
     return replace(graph, regions=tuple(
         replace(region, flops=held[region.region_id][0], bytes_moved=held[region.region_id][1])
         if region.region_id in held else region for region in graph.regions))
+
+
+def _where(exc: BaseException) -> str:
+    """The line of the caller's code that Dynamo names, if it does."""
+    lines = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(exc))
+    return " at {}:{} in {}".format(*lines[-1]) if lines else ""
 
 
 def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:

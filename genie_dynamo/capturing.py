@@ -1,7 +1,8 @@
 """Eager code as graphs: `genie.capture()`, and what can be done with what it has recorded.
 
-    with genie.capture():                  # factory calls without a device make tensors of remote_accelerator
-        y = model(torch.randn(1, 3))       # ops on them are recorded, not run
+    x = torch.randn(1, 3, device="remote_accelerator")
+    with torch.no_grad(), genie.capture():
+        y = model(x)                       # ops are recorded, not run; the model may lie on the CPU
     graph = genie.get_graph()
     print(genie.annotate(graph, model))    # what it means
     plan = graph.plan()
@@ -10,6 +11,7 @@
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +22,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from genie_dynamo import device, sessions
+from genie_dynamo.analysis import sums_by_region, with_costs
 from genie_dynamo.core.config import Config
-from genie_dynamo.core.errors import ConfigError, GenieError
+from genie_dynamo.core.errors import ConfigError, CostError, GenieError
 from genie_dynamo.core.fragment import encode
 from genie_dynamo.core.placement import POLICIES
 from genie_dynamo.core.plan import Plan
@@ -30,11 +33,13 @@ from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.lower import lower_fragment
 from genie_dynamo.passes.planning import plan_graph
 from genie_dynamo.passes.semantics.annotate import annotate as annotate_graph
+from genie_dynamo.passes.semantics.carry import mark
 from genie_dynamo.runtime.client.attempt import GraphInfo
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph
 from genie_dynamo.runtime.client.session import Session
 
 Tensor = torch.Tensor
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -134,7 +139,13 @@ def annotate(graph: RecordedGraph | fx.GraphModule, model: torch.nn.Module | Non
     placeholders = [node for node in graph.gm.graph.nodes if node.op == "placeholder"]
     roles = {placeholder.name: owned.get(node, "input")
              for placeholder, node in zip(placeholders, graph.nodes, strict=True)}
-    return annotate_graph(graph.gm, roles=roles)
+    found = annotate_graph(graph.gm, roles=roles)
+    mark(graph.gm, found)
+    try:
+        return with_costs(found, sums_by_region(graph.gm))
+    except CostError as error:         # what is understood is worth having without its costs
+        log.info("regions have no costs: %s", error)
+        return found
 
 
 def execute_local(plan: RecordedPlan | RecordedGraph, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

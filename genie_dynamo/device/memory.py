@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from genie_dynamo.device.nodes import Call, Layout, Node, layout, layout_of
 Tensor = torch.Tensor
 
 storage_of: Any = torch.Tensor.untyped_storage
-create = torch._C._acc.create_empty_tensor
+create: Callable[..., Tensor] = torch._C._acc.create_empty_tensor
 in_child = False
 """Whether this process was forked from one that had the device."""
 

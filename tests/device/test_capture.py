@@ -197,3 +197,20 @@ def test_the_graph_can_be_had_while_recording_goes_on(session: object) -> None:
         assert {tuple(value.shape) for value in graph.inputs} >= {(5, 8), (5,)}
         assert all(value.device.type == "cpu" for value in graph.inputs)
         assert torch.equal(y.cpu(), net.cpu()(x.cpu()))
+
+
+def test_a_recorded_graph_means_what_the_model_does_and_costs_what_its_ops_cost(session: object) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+                        nn.Linear(8 * 16 * 16, 10)).eval()
+    here = torch.randn(2, 3, 32, 32)
+    x = here.to(DEVICE)
+    with torch.no_grad(), genie.capture():
+        y = net(x)
+    graph = genie.get_graph()
+    found, expected = genie.annotate(graph, net), genie.analyze(net, here)
+    assert found.workload == expected.workload == "vision"
+    assert {region.kind for region in found.regions} == {region.kind for region in expected.regions}
+    (stage,), (same,) = ([r for r in g.regions if r.kind == "conv_stage"] for g in (found, expected))
+    assert stage.flops == pytest.approx(same.flops, rel=0.1) and stage.bytes_moved
+    (local,) = genie.execute_local(graph.plan(), graph.inputs)
+    assert torch.equal(local, y.cpu())
