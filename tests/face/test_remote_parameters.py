@@ -355,13 +355,6 @@ def test_calls_that_are_verified_compare_with_the_truth(session: object) -> None
     close(remote.weight, eager.weight)
 
 
-def test_blind_keeps_nothing_anywhere_and_says_so_by_being_current(session: object) -> None:
-    eager, remote = Loop(False), Loop(True, awareness="blind")
-    close(remote.run(3), eager.run(3))
-    assert not stale.any_stale(), "what is sent with every call comes back with every call"
-    close(remote.weight, eager.weight)
-
-
 def test_the_default_leaves_nothing_behind(session: object) -> None:
     net = network()
     optimizer = torch.optim.AdamW(net.parameters())
