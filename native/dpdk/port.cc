@@ -1,5 +1,6 @@
 #include "dpdk/port.h"
 
+#include <rte_alarm.h>
 #include <rte_dev.h>
 #include <rte_errno.h>
 #include <rte_ethdev.h>
@@ -12,7 +13,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstring>
+#include <mutex>
 
 #include "dpdk/eal.h"
 
@@ -43,6 +46,28 @@ std::uint32_t mtu_of(const std::string& interface) {
   if (socket >= 0) ::close(socket);
   if (!found) throw DpdkError("there is no network interface '" + interface + "' here");
   return static_cast<std::uint32_t>(request.ifr_mtu);
+}
+
+// memif's driver answers its control channel in EAL's interrupt thread, and may be about to free what a close frees too
+// (a peer that leaves while we do). Alarms run in that thread: there, one comes after the other.
+void close_in_interrupt_thread(std::uint16_t id) noexcept {
+  struct Job {
+    std::uint16_t id;
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool done = false;
+  } job{id, {}, {}};
+  const auto close = [](void* argument) {
+    auto& job = *static_cast<Job*>(argument);
+    rte_eth_dev_stop(job.id);
+    rte_eth_dev_close(job.id);
+    const std::lock_guard lock(job.mutex);
+    job.done = true;
+    job.changed.notify_one();   // with the lock held: the job is gone as soon as who waits has seen it
+  };
+  if (rte_eal_alarm_set(1, close, &job) != 0) return close(&job);
+  std::unique_lock lock(job.mutex);
+  job.changed.wait(lock, [&] { return job.done; });
 }
 
 void let_go(void*, void*) {}  // the memory belongs to the transfer; see NOTES.md
@@ -166,8 +191,12 @@ void Port::close() noexcept {
 void Port::remove() noexcept {
   std::uint16_t id = 0;
   if (rte_eth_dev_get_port_by_name(device_.c_str(), &id) == 0) {
-    rte_eth_dev_stop(id);
-    rte_eth_dev_close(id);
+    if (kind_ == PortKind::kMemif) {
+      close_in_interrupt_thread(id);
+    } else {
+      rte_eth_dev_stop(id);
+      rte_eth_dev_close(id);
+    }
     if (kind_ != PortKind::kPci) rte_eal_hotplug_remove("vdev", device_.c_str());
   }
   rte_mempool_free(pool_);
