@@ -58,12 +58,12 @@ void close_in_interrupt_thread(std::uint16_t id) noexcept {
     bool done = false;
   } job{id, {}, {}};
   const auto close = [](void* argument) {
-    auto& job = *static_cast<Job*>(argument);
-    rte_eth_dev_stop(job.id);
-    rte_eth_dev_close(job.id);
-    const std::lock_guard lock(job.mutex);
-    job.done = true;
-    job.changed.notify_one();   // with the lock held: the job is gone as soon as who waits has seen it
+    auto& work = *static_cast<Job*>(argument);
+    rte_eth_dev_stop(work.id);
+    rte_eth_dev_close(work.id);
+    const std::lock_guard lock(work.mutex);
+    work.done = true;
+    work.changed.notify_one();   // with the lock held: the work is gone as soon as who waits has seen it
   };
   if (rte_eal_alarm_set(1, close, &job) != 0) return close(&job);
   std::unique_lock lock(job.mutex);
