@@ -200,7 +200,7 @@ void Sender::take_back(std::uint64_t transmission) noexcept {
   if (chunk == nullptr) return;
   Transfer& transfer = slots_[sent.slot];
   chunk->in_flight = false;
-  --chunk->tries;   // which nobody has seen
+  if (--chunk->tries > 0) --shared_.stats.chunks_sent_again;   // nobody has seen it
   in_flight_bytes_ -= transfer.ticket.bytes_of(sent.chunk);
   transfer.lost.set(sent.chunk);
   ++transfer.num_lost;
