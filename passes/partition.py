@@ -153,9 +153,12 @@ def partition(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFac
                  for name, index in number.items()}
         twice = _rewritten(gm, facts, assign, times, lanes, used, symbol_values)
         if twice is not None and twice.again and policy != "max_throughput":
-            # What is not sent may have travelled beside the computing: then to compute it takes longer.
-            shorter_s = _makespan_s(twice, facts, workers, lanes, used, symbol_values)
-            if shorter_s > est_s:
+            # What is not sent may have travelled beside the computing: then to compute it takes longer. Both are
+            # scheduled by the same rule; the placement's own schedule may be in an order that was searched for.
+            def plain_s(gm: fx.GraphModule, assign: Mapping[str, int]) -> float:
+                return _makespan_s(gm, assign, facts, workers, lanes, used, symbol_values)
+
+            if plain_s(twice.gm, twice.assign) > plain_s(gm, assign):
                 twice = rewritten(gm, facts, assign, times, None)
     if twice is not None:
         assign = {**assign, **twice.assign}
@@ -185,12 +188,12 @@ def _rewritten(gm: fx.GraphModule, facts: GraphFacts, assign: Mapping[str, int],
                      symbol_values=symbol_values)
 
 
-def _makespan_s(twice: Rewritten, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],
-                names: Sequence[str], symbol_values: Mapping[str, int] | None) -> float:
-    graph, devices = price(twice.gm, facts, workers, lanes, symbol_values)
+def _makespan_s(gm: fx.GraphModule, assign: Mapping[str, int], facts: GraphFacts, workers: Sequence[WorkerFacts],
+                lanes: Sequence[LinkFacts], names: Sequence[str], symbol_values: Mapping[str, int] | None) -> float:
+    graph, devices = price(gm, facts, workers, lanes, symbol_values)
     position = {device.id: index for index, device in enumerate(devices)}
     timeline = Timeline(build_problem(graph, devices))
-    return timeline.run([position[names[twice.assign[node.id]]] for node in graph.nodes]).makespan_s
+    return timeline.run([position[names[assign[node.id]]] for node in graph.nodes]).makespan_s
 
 
 def price(gm: fx.GraphModule, facts: GraphFacts, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts],

@@ -11,6 +11,7 @@ namespace {
 
 constexpr double kReorder = 0.1;        // share of steps that change an order and no device
 constexpr int kTriesPerLook = 8;        // at the clock
+constexpr int kRoomDraws = 12;
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 [[nodiscard]] std::size_t at(std::int32_t i) { return static_cast<std::size_t>(i); }
@@ -232,8 +233,33 @@ void MakespanSearch::step(double heat_s) {
   undo_.clear();
   for (const Move& move : moves_) undo_.push_back({move.atom, device_A_[at(move.atom)]});
   apply(moves_);
-  const auto full = [&](const Move& move) { return used_D_[at(move.device)] > of_.capacity_bytes[at(move.device)]; };
-  if (std::any_of(moves_.begin(), moves_.end(), full) || !judge(heat_s)) apply(undo_);
+  if ((!holds() && !make_room()) || !judge(heat_s)) apply(undo_);
+}
+
+bool MakespanSearch::holds() const {
+  return std::all_of(moves_.begin(), moves_.end(), [this](const Move& move) {
+    return used_D_[at(move.device)] <= of_.capacity_bytes[at(move.device)];
+  });
+}
+
+// Where memory is tight, something has to go the other way. Returns: whether a few draws have made the moves hold.
+bool MakespanSearch::make_room() {
+  const std::int32_t full = moves_.front().device;
+  const std::int32_t freed = undo_.front().device;
+  for (int left = kRoomDraws; left > 0; --left) {
+    const std::int32_t atom = random_.below(at(of_.num_atoms));
+    const auto same = [atom](const Move& move) { return move.atom == atom; };
+    if (device_A_[at(atom)] != full || std::any_of(moves_.begin(), moves_.end(), same) ||
+        of_.runs[at(atom) * at(of_.num_devices) + at(freed)] == 0) {
+      continue;
+    }
+    const Move move{atom, freed};
+    moves_.push_back(move);
+    undo_.push_back({atom, full});
+    apply({move});
+    if (holds()) return true;
+  }
+  return false;
 }
 
 void MakespanSearch::reorder(double heat_s) {

@@ -85,6 +85,8 @@ class MakespanSearch {
   void reorder(double heat_s);
   bool judge(double heat_s);
   void propose();
+  [[nodiscard]] bool holds() const;
+  [[nodiscard]] bool make_room();
   void add_run_of(std::int32_t node, std::int32_t device);
   void add_atom(std::int32_t atom);
   void apply(const std::vector<Move>& moves);
