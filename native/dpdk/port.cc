@@ -59,14 +59,17 @@ void close_in_interrupt_thread(std::uint16_t id) noexcept {
   } job{id, {}, {}};
   const auto close = [](void* argument) {
     auto& work = *static_cast<Job*>(argument);
+    const std::lock_guard lock(work.mutex);
     rte_eth_dev_stop(work.id);
     rte_eth_dev_close(work.id);
-    const std::lock_guard lock(work.mutex);
     work.done = true;
     work.changed.notify_one();   // with the lock held: the work is gone as soon as who waits has seen it
   };
-  if (rte_eal_alarm_set(1, close, &job) != 0) return close(&job);
   std::unique_lock lock(job.mutex);
+  if (rte_eal_alarm_set(1, close, &job) != 0) {
+    lock.unlock();
+    return close(&job);
+  }
   job.changed.wait(lock, [&] { return job.done; });
 }
 
