@@ -1,5 +1,6 @@
 #include "dpdk/eal.h"
 
+#include <rte_alarm.h>
 #include <rte_eal.h>
 #include <rte_errno.h>
 #include <rte_log.h>
@@ -9,6 +10,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -192,9 +194,33 @@ bool eal_is_running() noexcept {
   return stage == Stage::kRunning && owner == getpid();
 }
 
+bool in_interrupt_thread(void (*work)(void*), void* argument) noexcept {
+  struct Job {
+    void (*work)(void*);
+    void* argument;
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool done = false;
+  } job{work, argument, {}, {}};
+  const auto run = [](void* given_job) {   // as an alarm, which that thread serves
+    auto& own = *static_cast<Job*>(given_job);
+    const std::lock_guard lock(own.mutex);
+    own.work(own.argument);
+    own.done = true;
+    own.changed.notify_one();   // with the lock held: the job is gone as soon as who waits has seen it
+  };
+  std::unique_lock lock(job.mutex);
+  if (rte_eal_alarm_set(1, run, &job) != 0) return false;
+  job.changed.wait(lock, [&] { return job.done; });
+  return true;
+}
+
 void stop_eal() noexcept {
   const std::lock_guard lock(mutex);
   if (stage != Stage::kRunning || owner != getpid()) return;
+  // The interrupt thread outlives EAL's memory, and the ports that were just closed have left it work there: what the
+  // second of two rounds finds has been done after that.
+  for (int round = 0; round < 2; ++round) static_cast<void>(in_interrupt_thread([](void*) {}, nullptr));
   rte_eal_cleanup();
   stage = Stage::kStopped;
   std::error_code ignored;
