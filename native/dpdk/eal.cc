@@ -34,6 +34,16 @@ EalFacts facts;
 EalOptions given;
 std::string failure;
 
+// What EAL's interrupt thread is to do: for the life of the process, as that thread is.
+struct Job {
+  std::mutex mutex;
+  std::condition_variable done;
+  void (*work)(void*) = nullptr;
+  void* argument = nullptr;
+};
+Job job;
+std::mutex jobs_mutex;   // held by who waits for one
+
 // Where EAL keeps a directory for each process; the rule is EAL's own.
 fs::path runtime_directory() {
   if (geteuid() == 0) return "/var/run/dpdk";
@@ -195,23 +205,18 @@ bool eal_is_running() noexcept {
 }
 
 bool in_interrupt_thread(void (*work)(void*), void* argument) noexcept {
-  struct Job {
-    void (*work)(void*);
-    void* argument;
-    std::mutex mutex;
-    std::condition_variable changed;
-    bool done = false;
-  } job{work, argument, {}, {}};
-  const auto run = [](void* given_job) {   // as an alarm, which that thread serves
-    auto& own = *static_cast<Job*>(given_job);
-    const std::lock_guard lock(own.mutex);
-    own.work(own.argument);
-    own.done = true;
-    own.changed.notify_one();   // with the lock held: the job is gone as soon as who waits has seen it
-  };
+  const std::lock_guard one_at_a_time(jobs_mutex);
   std::unique_lock lock(job.mutex);
-  if (rte_eal_alarm_set(1, run, &job) != 0) return false;
-  job.changed.wait(lock, [&] { return job.done; });
+  job.work = work;
+  job.argument = argument;
+  const auto run = [](void*) {   // as an alarm, which that thread serves
+    const std::lock_guard hold(job.mutex);
+    job.work(job.argument);
+    job.work = nullptr;
+    job.done.notify_one();
+  };
+  if (rte_eal_alarm_set(1, run, nullptr) != 0) return false;
+  job.done.wait(lock, [] { return job.work == nullptr; });
   return true;
 }
 
