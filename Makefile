@@ -48,7 +48,7 @@ bench-peers: setup  ## measure against other frameworks (those that are installe
 notebooks: setup  ## execute the notebooks and keep their outputs
 	@$(PY) tools/notebooks.py notebooks/*.ipynb
 
-docs: setup  ## write the tables of README.md from the code, and check links and examples
+docs: setup  ## write the tables of the documents from the code, and check links and examples
 	@$(PY) tools/docs.py --write
 
 golden: setup  ## write the golden files of the tests anew; look at the diff before committing it

@@ -1,8 +1,8 @@
 """Keep the documentation true: `python tools/docs.py [--write]`.
 
-Tables of README.md that the code knows better (options, set-up variables, commands) stand between two comments and are
-written from the code; bench/results/README.md is written from the results beside it. Then every Markdown file is
-checked: relative links lead somewhere, Python examples parse.
+Tables that the code knows better (of commands in README.md, of options and set-up variables in docs/options.md) stand
+between two comments and are written from the code; bench/results/README.md is written from the results beside it. Then
+every Markdown file is checked: relative links lead somewhere, Python examples parse.
 
 Without --write, a table that is out of date is an error and nothing is changed.
 """
@@ -29,9 +29,10 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
-def tables() -> dict[str, str]:
-    """The generated tables by name, as Markdown."""
-    return {"options": _options(), "setup": _setup(), "commands": _commands()}
+def tables() -> dict[Path, dict[str, str]]:
+    """The generated tables by document and name, as Markdown."""
+    return {ROOT / "README.md": {"commands": _commands()},
+            ROOT / "docs" / "options.md": {"options": _options(), "setup": _setup()}}
 
 
 def _options() -> str:
@@ -62,13 +63,16 @@ def _commands() -> str:
                       *(f"| `genie {name}` | {command.description} |" for name, command in parser.commands.items())])
 
 
-def with_tables(text: str) -> str:
-    """The text with its generated tables as they should be. Raises: ValueError for a missing pair of comments."""
-    for name, table in tables().items():
+def with_tables(path: Path, text: str) -> str:
+    """A document's text with its generated tables as they should be.
+
+    Raises: ValueError for a missing pair of comments.
+    """
+    for name, table in tables()[path].items():
         pattern = re.compile(rf"(<!-- {name}: [^>]*-->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         text, found = pattern.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
         if found != 1:
-            raise ValueError(f"README.md: {found} places for the table {name!r}, expected one")
+            raise ValueError(f"{path.relative_to(ROOT)}: {found} places for the table {name!r}, expected one")
     return text
 
 
@@ -93,8 +97,8 @@ def documents() -> list[Path]:
 
 def generated() -> dict[Path, str]:
     """The documents with generated parts, as they should be."""
-    readme, results = ROOT / "README.md", kept.FOLDER / "README.md"
-    return {readme: with_tables(readme.read_text()), results: kept.page()}
+    written = {path: with_tables(path, path.read_text()) for path in tables()}
+    return {**written, kept.FOLDER / "README.md": kept.page()}
 
 
 def main() -> int:

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "gpu/pinning.h"
 #include "lane/landing.h"
 #include "memory/pool.h"
 #include "memory/segment.h"
@@ -107,6 +108,18 @@ void bind_memory(py::module_& module) {
       "Whether an address lies in another process's pages, which must not be written to.");
   module.def("landing_statistics", [] { return to_dict(landing_statistics()); },
              "The numbers of the pool that received payload lands in.");
+  module.def("pin_segments", [] {
+    std::string why;
+    return py::make_tuple(gpu::pin_segments(why), why);
+  }, "Page-lock the memory of lanes and pools from here on, for a CUDA device: (whether it can be, why not).");
+  module.def("pin_statistics", [] {
+    const gpu::PinStatistics facts = gpu::pin_statistics();
+    py::dict row;
+    row["pinned_bytes"] = facts.pinned_bytes;
+    row["num_pinned"] = facts.num_pinned;
+    row["num_refused"] = facts.num_refused;
+    return row;
+  });
   module.attr("HUGEPAGE_BYTES") = hugepage_bytes();
 
   py::class_<Pool, std::shared_ptr<Pool>>(module, "Pool", "Slabs of memory, used again: see native/memory/pool.h.")

@@ -1,4 +1,4 @@
-// genie_dynamo._native: conversions only; what it does stands in lane/ and memory/.
+// genie_dynamo._native: conversions only; what it does stands in lane/, memory/ and placement/.
 #include <pybind11/pybind11.h>
 
 #include "bindings/bindings.h"
@@ -8,7 +8,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Lanes and registered memory (native/); used through genie_dynamo.runtime.lanes.";
+  module.doc() = "Lanes and registered memory (used through genie_dynamo.runtime.lanes), and the search for placements.";
   module.attr("LANE_VERSION") = genie::kLaneVersion;
   py::register_exception<genie::LaneError>(module, "LaneError", PyExc_OSError);
   module.def(
@@ -22,4 +22,5 @@ PYBIND11_MODULE(_native, module) {
       py::arg("data"), py::arg("crc") = 0, "CRC32C of contiguous bytes, going on from `crc`.");
   genie::bind_memory(module);
   genie::bind_lanes(module);
+  genie::bind_placement(module);
 }

@@ -5,6 +5,7 @@
 #include <sys/prctl.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <map>
 #include <new>
@@ -125,19 +126,41 @@ std::size_t Hub::pump() noexcept {
     moved += came;
     if (came < Port::kBurst) break;
   }
+  port_.flush();   // what was answered to frames of no session
   const Nanoseconds now = now_ns();
-  protocol::OutgoingFrame frame;
+  bool has_room = true;
   for (std::size_t i = 0; i < clients_.size(); ++i) {   // a client may leave in on_event
     Client& client = *clients_[i];
     client.session_.on_time(now);
-    for (std::size_t sent = 0; sent < kFramesPerLook && client.session_.next_frame(now, frame); ++sent, ++moved) {
-      if (!is_lost()) port_.send(client.peer_, frame);
-    }
+    if (has_room) moved += send_for(client, now, has_room);
     for (protocol::Event event; client.session_.next_event(event);) client.on_event(now, event);
     client.on_events_told();
   }
-  // Before anybody can end a transfer: no driver reads its memory after this.
-  port_.flush();
+  return moved;
+}
+
+// Burst by burst, as long as the driver takes all of one; what it has no room for goes back to the session. When this
+// returns, before anybody can end a transfer, no driver reads its memory.
+std::size_t Hub::send_for(Client& client, Nanoseconds now, bool& has_room) noexcept {
+  protocol::OutgoingFrame frame;
+  std::array<std::uint64_t, Port::kBurst> burst;   // which sendings stand in it
+  std::size_t moved = 0;
+  for (std::size_t count = 1; has_room && count > 0 && moved < kFramesPerLook; moved += count) {
+    count = 0;
+    while (count < burst.size() && client.session_.next_frame(now, frame)) {
+      if (is_lost()) continue;
+      if (!port_.send(client.peer_, frame)) {
+        client.session_.take_back(frame.transmission);
+        has_room = false;
+        break;
+      }
+      burst[count++] = frame.transmission;
+    }
+    const std::size_t taken = port_.flush();
+    for (std::size_t i = taken; i < count; ++i) client.session_.take_back(burst[i]);
+    has_room = has_room && taken == count;
+    count = taken;
+  }
   return moved;
 }
 
@@ -159,8 +182,8 @@ void Hub::receive(Nanoseconds now, const Mac& from, std::span<const std::byte> b
   }
   protocol::OutgoingFrame reset;
   if (now - last_reset_ < kResetInterval || !protocol::write_no_session(bytes, reset)) return;
-  last_reset_ = now;
-  port_.send(from, reset);
+  last_reset_ = now;   // so that there is one of them at most before the next flush
+  static_cast<void>(port_.send(from, reset));
 }
 
 Hub::Client* Hub::greet(const Mac& from, std::span<const std::byte> bytes, std::uint64_t session) noexcept {

@@ -81,6 +81,7 @@ class Hub {
   };
   void run() noexcept;
   void stop() noexcept;
+  [[nodiscard]] std::size_t send_for(Client& client, protocol::Nanoseconds now, bool& has_room) noexcept;
   void receive(protocol::Nanoseconds now, const Mac& from, std::span<const std::byte> bytes) noexcept;
   [[nodiscard]] Client* find(std::uint64_t session) noexcept;
   [[nodiscard]] Client* greet(const Mac& from, std::span<const std::byte> bytes, std::uint64_t session) noexcept;

@@ -216,16 +216,16 @@ void Port::write_ethernet(std::byte* at, const Mac& to) const noexcept {
   at[13] = static_cast<std::byte>(kEtherType & 0xFF);
 }
 
-void Port::send(const Mac& to, const protocol::OutgoingFrame& frame) noexcept {
+bool Port::send(const Mac& to, const protocol::OutgoingFrame& frame) noexcept {
   rte_mbuf* mbuf = nullptr;
   if (gathers_ && frame.payload_bytes >= kGatherFromBytes) mbuf = gather(to, frame);
   if (mbuf == nullptr) mbuf = linearise(to, frame);
   if (mbuf == nullptr) {
     ++stats_.no_buffer;
-    return;
+    return false;
   }
   pending_[num_pending_++] = mbuf;
-  if (num_pending_ == kBurst) flush();
+  return true;
 }
 
 // The head in an mbuf of its own, the payload as an external buffer behind it. Null where it is not in one piece.
@@ -281,8 +281,8 @@ rte_mbuf* Port::linearise(const Mac& to, const protocol::OutgoingFrame& frame) n
   return mbuf;
 }
 
-void Port::flush() noexcept {
-  if (num_pending_ == 0) return;
+std::size_t Port::flush() noexcept {
+  if (num_pending_ == 0) return 0;
   const auto count = static_cast<std::uint16_t>(num_pending_);
   std::uint16_t sent = rte_eth_tx_burst(id_, 0, pending_.data(), count);
   // A ring that is full may only need its other end to be looked at.
@@ -293,6 +293,7 @@ void Port::flush() noexcept {
   stats_.frames_out += sent;
   stats_.not_taken += count - sent;
   num_pending_ = 0;
+  return sent;
 }
 
 std::size_t Port::receive_burst(std::span<rte_mbuf*> frames) noexcept {

@@ -32,7 +32,7 @@ struct PortSpec {
 struct PortStats {
   std::uint64_t frames_in = 0, frames_out = 0;
   std::uint64_t foreign_frames = 0;        // of other EtherTypes: the kernel's own traffic
-  std::uint64_t not_taken = 0;             // frames that the driver did not take: they are lost
+  std::uint64_t not_taken = 0;             // frames that the driver had no room for: they are sent later
   std::uint64_t no_buffer = 0;             // frames for which there was no mbuf: the same
   std::uint64_t linearised = 0, gathered = 0;
 };
@@ -53,10 +53,11 @@ class Port {
   // No other function may be called after this one.
   void close() noexcept;
 
-  // Queues a frame; every kBurst of them, and flush(), hand them to the driver. What it does not take is dropped: the
-  // protocol sends it again. When flush() has returned, no driver reads the source of any frame.
-  void send(const Mac& to, const protocol::OutgoingFrame& frame) noexcept;
-  void flush() noexcept;
+  // Queues a frame, of which there may be kBurst. False where there is no buffer for it.
+  [[nodiscard]] bool send(const Mac& to, const protocol::OutgoingFrame& frame) noexcept;
+  // Hands what is queued to the driver; returns how many of them, from the first on, it has taken. The others are
+  // forgotten. No driver reads the source of any frame afterwards.
+  std::size_t flush() noexcept;
 
   // Calls take(from, bytes) for each frame of ours that has come; returns how many came of any kind.
   template <typename Take>

@@ -11,7 +11,9 @@ namespace {
 // From cuda.h of the driver API.
 constexpr int kGpuDirectRdmaSupported = 116;   // CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED
 constexpr int kDmaBufSupported = 124;          // CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED
+constexpr int kReadOnlyRegisterSupported = 113;  // CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED
 constexpr unsigned kRegisterPortable = 1;      // CU_MEMHOSTREGISTER_PORTABLE
+constexpr unsigned kRegisterReadOnly = 8;      // CU_MEMHOSTREGISTER_READ_ONLY
 
 template <typename Function>
 bool look_up(void* library, const char* name, Function*& function) {
@@ -83,8 +85,17 @@ bool Driver::gpudirect(int device, std::string& why) const {
   return true;
 }
 
-bool Driver::pin(std::byte* data, std::size_t size_bytes) const noexcept {
+bool Driver::pin(std::byte* data, std::size_t size_bytes, bool writable) const noexcept {
   void* context = nullptr;
+  unsigned flags = kRegisterPortable;
+  if (!writable) {
+    Device device = 0;
+    int can = 0;
+    if (device_get_(&device, 0) != 0 || device_attribute_(&can, kReadOnlyRegisterSupported, device) != 0 || can == 0) {
+      return false;
+    }
+    flags |= kRegisterReadOnly;
+  }
   if (get_current_(&context) != 0) return false;
   if (context == nullptr) {
     // Registration needs a context in this thread: the one that torch uses as well.
@@ -93,7 +104,7 @@ bool Driver::pin(std::byte* data, std::size_t size_bytes) const noexcept {
       return false;
     }
   }
-  return host_register_(data, size_bytes, kRegisterPortable) == 0;
+  return host_register_(data, size_bytes, flags) == 0;
 }
 
 void Driver::unpin(std::byte* data) const noexcept { host_unregister_(data); }

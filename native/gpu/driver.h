@@ -21,8 +21,9 @@ class Driver {
   // 1 where the device says that other devices (NICs) can reach its memory through nvidia-peermem or dma-buf.
   [[nodiscard]] bool gpudirect(int device, std::string& why) const;
 
-  // Page-lock memory, so that the device copies from and to it on its own while the processor goes on.
-  [[nodiscard]] bool pin(std::byte* data, std::size_t size_bytes) const noexcept;
+  // Page-lock memory, so that the device copies from and to it on its own while the processor goes on. False where the
+  // driver refuses; memory that this process may only read needs a device that can register such.
+  [[nodiscard]] bool pin(std::byte* data, std::size_t size_bytes, bool writable) const noexcept;
   void unpin(std::byte* data) const noexcept;
 
  private:

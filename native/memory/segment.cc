@@ -38,6 +38,8 @@ ForeignPages& foreign_pages() {
   return *pages;
 }
 
+std::atomic<const SegmentHooks*> hooks_of_all{nullptr};
+
 std::uintptr_t number_of(const void* address) noexcept { return reinterpret_cast<std::uintptr_t>(address); }
 
 std::string said_by_system(const char* what) {
@@ -97,6 +99,7 @@ std::shared_ptr<Segment> Segment::make(std::size_t size_bytes, Sharing sharing, 
           ::madvise(mapped, size_bytes, MADV_HUGEPAGE) == 0) {
         segment->pages_ = Pages::kTransparentHuge;
       }
+      segment->tell_hooks(true);
       return segment;
     }
     if (!can_be_huge) break;
@@ -141,12 +144,25 @@ std::shared_ptr<Segment> Segment::map(Fd fd, std::size_t size_bytes, bool writab
     const std::unique_lock hold(pages.lock);
     pages.by_start[number_of(mapped)] = size_bytes;
   }
+  segment->tell_hooks(writable);
   return segment;
+}
+
+bool set_segment_hooks(const SegmentHooks& hooks) noexcept {
+  static const SegmentHooks kept = hooks;
+  const SegmentHooks* expected = nullptr;
+  return hooks_of_all.compare_exchange_strong(expected, &kept);
+}
+
+void Segment::tell_hooks(bool writable) noexcept {
+  const SegmentHooks* hooks = hooks_of_all.load();
+  if (hooks != nullptr) is_registered_ = hooks->mapped(data_, size_bytes_, writable);
 }
 
 Segment::~Segment() {
   if (is_counted_) num_foreign.fetch_sub(1);
   if (data_ == nullptr) return;
+  if (is_registered_) hooks_of_all.load()->unmapping(data_);
   {
     ForeignPages& pages = foreign_pages();
     const std::unique_lock hold(pages.lock);

@@ -46,6 +46,15 @@ class Fd {
   int fd_ = -1;
 };
 
+// Told of every run of pages that this process maps from now on, so that devices can be made to know them.
+struct SegmentHooks {
+  bool (*mapped)(std::byte* data, std::size_t size_bytes, bool writable) noexcept = nullptr;   // true: it is registered
+  void (*unmapping)(std::byte* data) noexcept = nullptr;                                       // of what is registered
+};
+
+// Set once, before there are segments; later calls change nothing. Returns whether these are the ones that count.
+bool set_segment_hooks(const SegmentHooks& hooks) noexcept;
+
 class Segment {
  public:
   enum class Sharing : std::uint8_t {
@@ -76,11 +85,13 @@ class Segment {
 
  private:
   Segment() = default;
+  void tell_hooks(bool writable) noexcept;
 
   std::byte* data_ = nullptr;
   std::size_t size_bytes_ = 0;
   Fd fd_;
-  bool is_counted_ = false;   // among the segments of peers
+  bool is_counted_ = false;      // among the segments of peers
+  bool is_registered_ = false;   // by a hook
   Pages pages_ = Pages::kNormal;
 };
 

@@ -156,7 +156,11 @@ std::uint64_t Sender::acknowledge(Transfer& transfer, std::uint32_t number) noex
   return bytes;
 }
 
-void Sender::raise_reordering() noexcept { reordering_ = std::min(2 * reordering_, kMostReordering); }
+// What was taken to be lost was only late.
+void Sender::raise_reordering() noexcept {
+  reordering_ = std::min(2 * reordering_, kMostReordering);
+  congestion_.on_late();
+}
 
 void Sender::forget_settled() noexcept {
   while (num_transmissions_ > 0) {
@@ -185,6 +189,21 @@ void Sender::lose(const Transmission& sent) noexcept {
   transfer.lost.set(sent.chunk);
   ++transfer.num_lost;
   congestion_.on_lost(bytes);
+}
+
+void Sender::take_back(std::uint64_t transmission) noexcept {
+  if (num_transmissions_ == 0) return;
+  const std::uint64_t oldest = transmissions_[first_transmission_ % kMaxTransmissions].number;
+  if (transmission < oldest || transmission - oldest >= num_transmissions_) return;
+  const Transmission& sent = transmissions_[(first_transmission_ + transmission - oldest) % kMaxTransmissions];
+  Chunk* chunk = live_chunk(sent);
+  if (chunk == nullptr) return;
+  Transfer& transfer = slots_[sent.slot];
+  chunk->in_flight = false;
+  if (--chunk->tries > 0) --shared_.stats.chunks_sent_again;   // nobody has seen it
+  in_flight_bytes_ -= transfer.ticket.bytes_of(sent.chunk);
+  transfer.lost.set(sent.chunk);
+  ++transfer.num_lost;
 }
 
 // When the retransmission timer runs out. It begins anew whenever something is acknowledged: while answers come, a queue
@@ -359,7 +378,7 @@ bool Sender::next_chunk(Nanoseconds now, Transfer& transfer, OutgoingFrame& fram
     }
     transfer.lost.clear(number);
     --transfer.num_lost;
-    ++shared_.stats.chunks_sent_again;
+    if (chunk.tries > 0) ++shared_.stats.chunks_sent_again;   // else it was taken back
   }
   ++chunk.tries;
   chunk.in_flight = true;
@@ -384,6 +403,7 @@ bool Sender::next_chunk(Nanoseconds now, Transfer& transfer, OutgoingFrame& fram
   frame.source = &transfer.source;
   frame.source_offset = header.offset;
   frame.payload_bytes = bytes;
+  frame.transmission = chunk.transmission;
   if (transfer.ticket.digest) {
     header.flags |= kFlagDigest;
     header.header_bytes = kHeaderBytes + kDigestBytes;

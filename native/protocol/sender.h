@@ -26,6 +26,8 @@ class Sender {
 
   // Fills `frame` with the next one that may go now.
   [[nodiscard]] bool next_frame(Nanoseconds now, OutgoingFrame& frame) noexcept;
+  // Of a frame that next_frame() has given and that has not left this host after all: it comes again.
+  void take_back(std::uint64_t transmission) noexcept;
   [[nodiscard]] Nanoseconds next_time(Nanoseconds now) const noexcept;
   [[nodiscard]] bool is_idle() const noexcept { return active_.empty(); }
 

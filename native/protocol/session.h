@@ -40,6 +40,9 @@ class Session {
   void on_frame(Nanoseconds now, std::span<const std::byte> bytes) noexcept;
   void on_time(Nanoseconds now) noexcept;
   [[nodiscard]] bool next_frame(Nanoseconds now, OutgoingFrame& frame) noexcept;
+  // Of a frame from next_frame() that the driver had no room for: its chunk, if it has one, comes again at once and
+  // counts neither as lost nor as sent.
+  void take_back(std::uint64_t transmission) noexcept { sender_.take_back(transmission); }
   [[nodiscard]] bool next_event(Event& event) noexcept { return shared_.events.pop(event); }
   [[nodiscard]] Nanoseconds next_time(Nanoseconds now) const noexcept;
 

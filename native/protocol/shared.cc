@@ -44,6 +44,7 @@ void write_control_frame(Header header, FrameType type, std::span<const std::byt
   frame.head_bytes = static_cast<std::uint32_t>(end);
   frame.source = nullptr;
   frame.payload_bytes = 0;
+  frame.transmission = 0;
 }
 
 }  // namespace genie::protocol

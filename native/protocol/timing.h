@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "protocol/types.h"
 
@@ -57,6 +58,7 @@ class CongestionWindow {
     delivered_in_round_ += bytes;
     end_round(now, estimator);
     if (rtt == 0) return;
+    before_timeout_ = 0;
     const Nanoseconds target = estimator.least() + target_queueing_;
     if (rtt <= target) {
       // Doubling while nothing has ever been too slow, then a frame a round trip.
@@ -70,9 +72,12 @@ class CongestionWindow {
   }
   void on_lost(std::uint64_t bytes) noexcept { lost_in_round_ += bytes; }
   void on_timeout(Nanoseconds now, const RttEstimator& estimator) noexcept {
+    before_timeout_ = std::max(before_timeout_, window_);
     starting_ = false;
     shrink(now, kMaxShrink, estimator);
   }
+  // What a timer gave up has come after all: the other end was slow, not the way. As Eifel does (RFC 4015).
+  void on_late() noexcept { window_ = std::max(window_, std::exchange(before_timeout_, 0)); }
 
  private:
   static constexpr std::uint32_t kInitialFrames = 32, kMinFrames = 4;
@@ -99,6 +104,7 @@ class CongestionWindow {
   std::uint64_t frame_bytes_;
   std::uint64_t max_;
   std::uint64_t window_;
+  std::uint64_t before_timeout_ = 0;   // the window, until an answer tells what the timeout meant
   bool starting_ = true;
   Nanoseconds shrunk_at_ = 0, round_began_ = 0;
   std::uint64_t lost_in_round_ = 0, delivered_in_round_ = 0;

@@ -133,6 +133,7 @@ struct OutgoingFrame {
   const Source* source = nullptr;  // null where nothing follows the head
   std::uint64_t source_offset = 0;
   std::uint32_t payload_bytes = 0;
+  std::uint64_t transmission = 0;  // which sending of a chunk this is, for Session::take_back(); 0: of no chunk
 
   [[nodiscard]] std::size_t size_bytes() const noexcept { return std::size_t{head_bytes} + payload_bytes; }
   // Writes all of it to `out`, which has size_bytes().

@@ -4,6 +4,7 @@
 #include <doctest/doctest.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <string>
@@ -15,6 +16,9 @@
 #include "lane/inproc.h"
 #include "lane/shm.h"
 #include "lane/tcp.h"
+#ifdef GENIE_TEST_DPDK
+#include "dpdk/lane.h"
+#endif
 
 namespace genie::test {
 
@@ -23,6 +27,7 @@ using Ends = std::pair<std::shared_ptr<Channel>, std::shared_ptr<Channel>>;
 struct Kind {
   const char* name;
   std::function<Ends()> make;
+  bool takes_unasked = false;   // what comes is taken before anybody polls for it
 };
 
 inline Ends meet(Listener& listener, std::unique_ptr<Lane> (*connect)(const std::string&)) {
@@ -58,10 +63,30 @@ inline Ends inproc_ends() {
   return {std::make_shared<Channel>(std::move(left)), std::make_shared<Channel>(std::move(right))};
 }
 
+#ifdef GENIE_TEST_DPDK
+inline Ends dpdk_ends() {
+  struct Directory {   // memif's sockets want one that only this user may enter
+    std::string path = "/tmp/genie-test-XXXXXX";
+    Directory() { REQUIRE(::mkdtemp(path.data()) != nullptr); }
+    ~Directory() { ::rmdir(path.c_str()); }
+  };
+  const Directory directory;
+  const auto listener = dpdk::listen_dpdk("memif", directory.path);
+  return meet(*listener, [](const std::string& address) {
+    return dpdk::connect_dpdk("memif", address, std::chrono::seconds(10));
+  });
+}
+
+inline const std::vector<Kind>& kinds() {
+  static const std::vector<Kind> all{{"dpdk", dpdk_ends, true}};
+  return all;
+}
+#else
 inline const std::vector<Kind>& kinds() {
   static const std::vector<Kind> all{{"inproc", inproc_ends}, {"shm", shm_ends}, {"tcp", tcp_ends}};
   return all;
 }
+#endif
 
 inline std::vector<std::byte> pattern(std::size_t size, unsigned seed) {
   std::vector<std::byte> bytes(size);

@@ -102,7 +102,13 @@ void Simulator::serve(int index) {
   if (!at.running || at.session == nullptr) return;
   at.session->on_time(now_);
   take_events(index);
-  for (OutgoingFrame frame; at.session->next_frame(now_, frame);) transmit(index, frame);
+  for (OutgoingFrame frame; at.session->next_frame(now_, frame);) {
+    if (chance(weather.refuse)) {
+      at.session->take_back(frame.transmission);
+      break;
+    }
+    transmit(index, frame);
+  }
   take_events(index);
 }
 

@@ -16,6 +16,7 @@ namespace genie::protocol {
 
 struct Weather {
   double drop = 0, duplicate = 0, corrupt = 0, reorder = 0;      // chances of one frame
+  double refuse = 0;                                             // that the driver has no room for it now
   Nanoseconds delay_ns = 10 * kMicrosecond;                      // one way
   Nanoseconds reorder_delay_ns = 100 * kMicrosecond;             // on top, of those that are reordered
   double bytes_per_s = 1.25e9;

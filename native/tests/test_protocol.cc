@@ -88,6 +88,7 @@ TEST_CASE("loss, reordering, duplication and corruption: whole and equal") {
       {"reorder 20 %", {.reorder = 0.2}, 8 << 20},
       {"duplicate 20 %", {.duplicate = 0.2}, 8 << 20},
       {"corrupt 5 %", {.corrupt = 0.05}, 4 << 20},
+      {"refuse 30 %", {.refuse = 0.3}, 4 << 20},
       {"all at once", {.drop = 0.05, .duplicate = 0.05, .corrupt = 0.05, .reorder = 0.1}, 2 << 20},
   };
   for (const Case& one : cases) {
@@ -109,6 +110,49 @@ TEST_CASE("reordering alone is not taken for loss for long") {
   Simulator world{3, {.reorder = 0.1}};
   const Run run = send_one(world, 16 << 20);
   CHECK(run.sender.chunks_sent_again < 200);  // of 2048
+}
+
+TEST_CASE("what the driver has no room for is neither lost nor sent again") {
+  Config config;
+  config.max_retries = 2;   // which a frame that never left does not use up
+  Simulator world{3, {.refuse = 0.5}, config};
+  world.run([&] { return world.side(0).session->is_established(); });
+  const Run run = send_one(world, 4 << 20);
+  CHECK(run.sender.chunks_sent_again == 0);
+  CHECK(run.receiver.duplicates == 0);
+  CHECK(run.sender.payload_bytes_out == 4 << 20);
+}
+
+TEST_CASE("frames taken back that are no chunk under way change nothing") {
+  Simulator world{3, {}};
+  const auto& bytes = world.make_bytes(1 << 20);
+  const TransferId id = world.post(0, bytes);
+  for (int i = 0; i < 2000 && world.side(0).outgoing[id].end == End::kPending; ++i) {
+    for (const std::uint64_t number : {std::uint64_t{0}, std::uint64_t{1}, ~std::uint64_t{0}}) {
+      if (i > 100 || number != 1) world.side(0).session->take_back(number);
+    }
+    world.step();
+  }
+  REQUIRE(world.run([&] { return world.side(0).outgoing[id].end != End::kPending; }));
+  check_bytes(world.side(1), id, bytes);
+}
+
+TEST_CASE("a stall of the other end is not taken for congestion once its answers have come") {
+  Simulator world{3, {}};
+  const auto& bytes = world.make_bytes(64 << 20);
+  const TransferId id = world.post(0, bytes);
+  Session& sender = *world.side(0).session;
+  const auto sent = [&](std::uint64_t most) { return [&, most] { return sender.stats().payload_bytes_out > most; }; };
+  REQUIRE(world.run(sent(8 << 20)));
+  const std::uint64_t before = sender.stats().window_bytes;
+  const Nanoseconds usual = world.weather.delay_ns;
+  world.weather.delay_ns = 30 * kMillisecond;   // what is sent now comes after the timer has run out
+  REQUIRE(world.run([&] { return sender.stats().timeouts > 0; }));
+  world.weather.delay_ns = usual;
+  REQUIRE(world.run(sent(sender.stats().payload_bytes_out)));   // the first that is new after the answers
+  CHECK(sender.stats().window_bytes * 4 > before * 3);
+  REQUIRE(world.run([&] { return world.side(0).outgoing[id].end != End::kPending; }));
+  check_bytes(world.side(1), id, bytes);
 }
 
 // In virtual time: properties of the protocol, not measurements.

@@ -173,6 +173,7 @@ def bring_home() -> None:
     Raises: WorkerLostError where one cannot be fetched; all of them are as stale as before then.
     """
     if not _records:
+        _before.clear()          # what else there was is gone: nothing is behind, so there is nothing to go back to
         return
     with _lock:
         fetched = []

@@ -5,7 +5,7 @@ memory. Below that, copying costs less than the bookkeeping of a shared buffer.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,15 @@ _ALIGNMENT_BYTES = 8
 
 
 class ZmqFrames:
-    """See runtime/lanes/base.py."""
+    """See runtime/lanes/base.py.
+
+    Args: to_device: brings a dense tensor of this host to a device.
+    """
 
     name = "zmq"
+
+    def __init__(self, to_device: Callable[[torch.Tensor, torch.device], torch.Tensor] = torch.Tensor.to) -> None:
+        self._to_device = to_device
 
     def stage(self, tensor: torch.Tensor, frames: list[Any]) -> tuple[Any, ...]:
         plain, (code, shape, stride, gaps) = tensors.describe(tensor)
@@ -59,7 +65,7 @@ class ZmqFrames:
             scattered = torch.empty_strided(form.core, form.stride, dtype=form.dtype, device="cpu")
             flat = scattered.copy_(flat)
         if device.type != "cpu":
-            flat = flat.to(device)
+            flat = self._to_device(flat, device)
         return flat if form.core == form.shape else flat.as_strided(form.shape, form.stride)
 
 

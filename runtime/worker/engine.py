@@ -25,6 +25,7 @@ from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.worker.compiled import RUNS, CompiledFragment
 from genie_dynamo.runtime.worker.records import RunRecord
 from genie_dynamo.runtime.worker.rng import Generator
+from genie_dynamo.runtime.worker.staging import Staging
 
 STREAM_BYTES = 256 << 10
 """Outputs from this size on leave as soon as they are final, while the run goes on."""
@@ -116,10 +117,11 @@ class Engine:
     """The worker's toolbox (see worker/toolbox.py) and its executor."""
 
     def __init__(self, *, device: torch.device, num_threads: int, namespaces: frozenset[str] = frozenset(),
-                 wake: Callable[[], None] = lambda: None) -> None:
+                 wake: Callable[[], None] = lambda: None, staging: Staging | None = None) -> None:
         self.device = device
         self.num_threads = num_threads
-        self.lane = ZmqFrames()
+        self.lane = ZmqFrames() if staging is None else ZmqFrames(lambda tensor, _: staging.up(tensor))
+        self._staging = staging
         self._namespaces = namespaces
         self._wake = wake
         self._refused: dict[str, str] = {}
@@ -139,14 +141,22 @@ class Engine:
 
     def stage(self, value: Any, frames: list[Any]) -> Any:
         if isinstance(value, torch.Tensor):
-            return (m.INLINE, self.lane.stage(value, frames))
+            return (m.INLINE, self.lane.stage(self._on_host(value), frames))
         if isinstance(value, SharedView):
             if value.holder == OF_INPUT:
                 return (m.INPUT_VIEW, value.view)
             if value.memory is None:
                 return (m.ALIAS, value.holder, value.view)
-            return (m.SPAN, self.lane.stage(value.memory, frames), value.view)
+            return (m.SPAN, self.lane.stage(self._on_host(value.memory), frames), value.view)
         return value
+
+    def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self._staging is None or tensor.is_cpu else self._staging.down(tensor)
+
+    def begin_stage(self, value: Any) -> bool:
+        """Whether a final value is now on its way to the host, where `stage` will find it: sending it can wait."""
+        return self._staging is not None and isinstance(value, torch.Tensor) and not value.is_cpu \
+            and self._staging.begin(value)
 
     def form(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -169,6 +179,7 @@ class Engine:
             "device": str(self.device), "threads": self.num_threads, "torch": str(torch.__version__),
             "pid": os.getpid(), "memory_bytes": resident_set_bytes(), "cpu_seconds": time.process_time(),
             "compiler_refusals": dict(self._refused), "compilers": dict(RUNS),
+            "staged_bytes": dict(self._staging.counted) if self._staging is not None else {},
         }
 
     def load(self, program: WorkerProgram) -> LoadedProgram:

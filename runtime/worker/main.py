@@ -26,6 +26,7 @@ from genie_dynamo.runtime.security import Authenticator, Security, apply_client,
 from genie_dynamo.runtime.worker import lanes
 from genie_dynamo.runtime.worker.engine import Engine
 from genie_dynamo.runtime.worker.shell import WAKE_IDENTITY, Shell
+from genie_dynamo.runtime.worker.staging import open_staging
 from genie_dynamo.runtime.worker.state import WorkerState
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,8 @@ def run_worker(options: WorkerOptions) -> None:
     heartbeat = HeartbeatEcho(context, _beside(options.bind), security)
     socket.bind(_WAKE_ADDRESS)
     wake = _Wake(context)
-    engine = Engine(device=device, num_threads=num_threads, namespaces=namespaces, wake=wake)
+    engine = Engine(device=device, num_threads=num_threads, namespaces=namespaces, wake=wake,
+                    staging=open_staging(device))
     listener = _listen(options.bind, address, security)
     dpdk.use_port(options.dpdk_port)
     offers = lanes.offer(options.bind, address, keys=security.is_server)

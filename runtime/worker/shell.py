@@ -229,7 +229,7 @@ class Shell:
                 if isinstance(value, torch.Tensor):
                     run.session.pushed_bytes += value.numel() * value.element_size()
         index = run.loaded.return_index.get(value_id)
-        if index is None or self._engine.size_bytes(value) < STREAM_BYTES:
+        if index is None or self._engine.size_bytes(value) < STREAM_BYTES or self._engine.begin_stage(value):
             return False
         frames = []
         staged = self._engine.stage(value, frames)

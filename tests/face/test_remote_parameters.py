@@ -321,6 +321,17 @@ def test_what_somebody_else_can_read_goes_back_with_the_others(own_session: Any)
     assert np.array_equal(alias, synchronised[0].numpy())
 
 
+def test_what_was_noted_for_a_rollback_is_forgotten_once_nothing_is_stale(session: Any) -> None:
+    """Else the rollback of another model, later, would set this one's tensor back as well."""
+    shared = torch.zeros(3)
+    stale.comes_down(session, shared)                  # and then every tensor beside it that was stale is collected
+    shared.fill_(1.0)
+    assert not stale.any_stale()
+    genie.synchronize()
+    stale.rollback()                                   # of a later loss
+    assert shared.tolist() == [1.0] * 3
+
+
 def test_closing_the_session_brings_them_home(own_session: Any) -> None:
     own_session(workers=1)
     eager, remote = pair()

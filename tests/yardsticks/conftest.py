@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from tests.yardsticks.harness import BACKEND
+
+_expected_failure = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    report = yield
+    if report.when == "call":
+        item.stash[_expected_failure] = hasattr(report, "wasxfail")
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +31,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def runs_on_workers() -> Iterator[None]:
-    """Fails a test that used the backend without giving a worker anything to run."""
+def runs_on_workers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that used the backend without giving a worker anything to run; what torch cannot trace has none."""
     if BACKEND != "genie":
         yield
         return
@@ -30,6 +41,8 @@ def runs_on_workers() -> Iterator[None]:
     genie.session()  # opens the default session where no test has yet
     before = genie.get_stats()["fragment_runs"]
     yield
+    if request.node.stash.get(_expected_failure, False):
+        return
     stats = genie.get_stats()
     assert stats["fragment_runs"] > before, "no fragment ran on a worker"
     assert not stats["fallbacks"], stats["fallbacks"]
