@@ -26,9 +26,9 @@ from genie_dynamo.device.foreign import admission
 from genie_dynamo.device.generator import Generator
 from genie_dynamo.device.memory import new_tensor, value_in
 from genie_dynamo.device.nodes import Call, Layout, Node, item_of, layout, layout_of, uploaded
-from genie_dynamo.device.program import Program
+from genie_dynamo.device.program import Program, Programs
 from genie_dynamo.device.record import getitem
-from genie_dynamo.device.structure import Recording, Structure, Variant, collect, split
+from genie_dynamo.device.structure import Recording, collect, split
 from genie_dynamo.device.submitted import Submissions, Submitted
 from genie_dynamo.runtime.client.resident import Resident, Underway, Uploader, fetch
 from genie_dynamo.runtime.client.session import Session
@@ -46,7 +46,6 @@ MAX_UNDERWAY = 8
 """So many runs are handed over before the first of them is waited for."""
 INLINE_BYTES = 64 << 10
 """CPU tensors below this go up with the run that uses them, larger ones at once."""
-MAX_STRUCTURES = 512
 
 
 class Engine:
@@ -54,7 +53,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.structures: dict[tuple[Any, ...], Structure] = {}
+        self.programs = Programs()
         self.counters = {"ops": 0, "runs": 0, "programs": 0, "cuts": 0, "replays": 0}
         self.next_cut = CUT_OPS                        # of so many ops, `maybe_cut` is to be asked
         self._repeats = False                          # the last long recording that was read is one that came before
@@ -281,7 +280,7 @@ class Engine:
         """Send it. Returns: what is under way and which of its values come down; or None, and those values."""
         if admission.spread is not None:
             return None, self._run_spread(recording, admission.spread)
-        known = recording.key in self.structures
+        known = recording in self.programs
         submitted, program = self._submit(recording, holders)
         if len(recording.nodes) > EARLY_OPS or not known:
             self._repeats = known
@@ -310,7 +309,8 @@ class Engine:
         while len(self._underway) >= MAX_UNDERWAY:
             self._underway.wait_for_first()
         session, link = self.place()
-        _, numbers, program = self._program(session, link, recording)
+        numbers, program = self.programs.find(session, link, recording)
+        self.counters["programs"] = self.programs.num_made
         random = program.random
         keeps = [Resident(session, link, _size_of(recording.nodes[i].layout)) for i in recording.kept]
         if random:
@@ -337,20 +337,6 @@ class Engine:
             self._list_again(failed.undo())
             if failed.generator is not None:
                 self._generator.take_back(*failed.generator)
-
-    def _program(self, session: Session, link: WorkerLink,
-                 recording: Recording) -> tuple[Variant, list[Any], Program]:
-        structure = self.structures.get(recording.key)
-        if structure is None:
-            if len(self.structures) >= MAX_STRUCTURES:
-                self.structures.clear()
-            structure = self.structures[recording.key] = Structure()
-        variant, numbers = structure.variant(recording)
-        program = variant.programs.get(link.key)
-        if program is None:
-            program = variant.programs[link.key] = Program(session, link, variant, recording)
-            self.counters["programs"] += 1
-        return variant, numbers, program
 
     def _put(self, node: Node, session: Session, link: WorkerLink) -> None:
         node.value = self._uploader.put(session, link, node.value, session.config.timeout_s)
