@@ -18,7 +18,7 @@ MIB = 1 << 20
 OVER_TESTPMD = 1 / 0.8
 OVER_TESTPMD_WITH_DIGEST = 1 / 0.6
 WARMUP = 3
-"""The receiver has two payloads at once now and then: memory that nobody has touched costs more than the way there."""
+"""A receiver has two payloads at once now and then: memory that nobody has touched costs more than the way there."""
 LOSSES = {"0.1 % lost": (0.001, 1 / 0.8), "1 % lost": (0.01, 1 / 0.5)}
 
 

@@ -6,15 +6,18 @@ it out as well; "shm, in place" sends memory that was the lane's from the start.
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from bench.harness import Case, Settings, Side, Step, measure, ratio_target
+from bench.harness import Case, Settings, Side, Step, Target, measure, ratio_target
 
 MIB = 1 << 20
 SHM_OVER_MEMCPY = 1 / 0.8
 TCP_OVER_RAW = 1 / 0.9
 ECHO_OVER_ZMQ = 0.5
+POOL_PAIR_S = 1e-6
+POOL_PAIRS = 10_000
 SPIN_S = 100e-6
 
 
@@ -90,7 +93,27 @@ def _step(call: Callable[[], None], peer: Any) -> Step:
     return Step(call=call, facts=lambda: {"cpu_s": peer.cpu_s()}, close=peer.close)
 
 
-SIDES = {"memcpy": memcpy, "lane": lane, "raw": raw, "echo": echo, "pyzmq": pyzmq}
+def pool(params: Mapping[str, Any]) -> Step:
+    """Seconds that one slab takes to be lent and given back, from Python."""
+    from genie_dynamo import _native
+
+    slabs, size = _native.Pool(), params["size"]
+
+    def seconds() -> float:
+        began_s = time.perf_counter()
+        for _ in range(POOL_PAIRS):
+            slabs.allocate(size)             # nobody keeps it
+        return (time.perf_counter() - began_s) / POOL_PAIRS
+
+    def facts() -> Mapping[str, float]:
+        counted = slabs.statistics()
+        return {name: counted[name] for name in ("num_allocations", "num_segments", "used_bytes")}
+
+    seconds()
+    return Step(measure=seconds, facts=facts)
+
+
+SIDES = {"memcpy": memcpy, "lane": lane, "raw": raw, "echo": echo, "pyzmq": pyzmq, "pool": pool}
 
 
 def _side(factory: str, name: str, **params: Any) -> Side:
@@ -99,6 +122,7 @@ def _side(factory: str, name: str, **params: Any) -> Side:
 
 def run(settings: Settings) -> Iterator[Case]:
     yield _echoes(settings)
+    yield _slabs(settings)
     for size in (4 * MIB,) if settings.quick else (MIB, 4 * MIB, 16 * MIB, 64 * MIB):
         yield _bulk(settings, size)
 
@@ -112,6 +136,18 @@ def _echoes(settings: Settings) -> Case:
     return Case(bench="lanes", title="1 KB there and back", threads=1, pinned=False, series=seen.series,
                 ratios=tuple(ratios), per_call=seen.per_call,
                 targets=(ratio_target("1 KB over shm over the ZeroMQ echo", ratios[0], ECHO_OVER_ZMQ),))
+
+
+def _slabs(settings: Settings) -> Case:
+    sides = [_side("pool", f"{size >> 10} KiB", size=size) for size in (64 << 10, MIB, 64 * MIB)]
+    samples = 5 if settings.quick else 35
+    seen = measure(settings, sides, blocks=1, samples=samples, settle=1)
+    targets = [Target(name=f"a slab of {label} lent and given back", value=series.median, limit=POOL_PAIR_S, unit="s",
+                      terms={label: series.median}) for label, series in seen.series.items()]
+    times = POOL_PAIRS * samples * settings.rounds
+    return Case(bench="lanes", title=f"slabs of a pool, lent and given back {times:,} times from Python",
+                threads=1, pinned=False, series=seen.series, ratios=(), per_call=seen.per_call, targets=tuple(targets),
+                notes=("wall time, with Python's own share",))
 
 
 def _bulk(settings: Settings, size: int) -> Case:

@@ -3,6 +3,7 @@
 
 #include "bindings/bindings.h"
 #include "lane/digest.h"
+#include "lane/landing.h"
 #include "lane/lane.h"
 
 namespace py = pybind11;
@@ -20,6 +21,8 @@ PYBIND11_MODULE(_native, module) {
         return genie::crc32c(view.ptr, size, crc);
       },
       py::arg("data"), py::arg("crc") = 0, "CRC32C of contiguous bytes, going on from `crc`.");
+  static const genie::LandingWay landing{&genie::land};
+  module.attr("landing") = py::capsule(&landing, "genie.LandingWay");   // for _dpdk
   genie::bind_memory(module);
   genie::bind_lanes(module);
   genie::bind_placement(module);

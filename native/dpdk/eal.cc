@@ -1,5 +1,6 @@
 #include "dpdk/eal.h"
 
+#include <rte_alarm.h>
 #include <rte_eal.h>
 #include <rte_errno.h>
 #include <rte_log.h>
@@ -9,6 +10,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -31,6 +33,16 @@ pid_t owner = 0;
 EalFacts facts;
 EalOptions given;
 std::string failure;
+
+// What EAL's interrupt thread is to do: for the life of the process, as that thread is.
+struct Job {
+  std::mutex mutex;
+  std::condition_variable done;
+  void (*work)(void*) = nullptr;
+  void* argument = nullptr;
+};
+Job job;
+std::mutex jobs_mutex;   // held by who waits for one
 
 // Where EAL keeps a directory for each process; the rule is EAL's own.
 fs::path runtime_directory() {
@@ -192,9 +204,28 @@ bool eal_is_running() noexcept {
   return stage == Stage::kRunning && owner == getpid();
 }
 
+bool in_interrupt_thread(void (*work)(void*), void* argument) noexcept {
+  const std::lock_guard one_at_a_time(jobs_mutex);
+  std::unique_lock lock(job.mutex);
+  job.work = work;
+  job.argument = argument;
+  const auto run = [](void*) {   // as an alarm, which that thread serves
+    const std::lock_guard hold(job.mutex);
+    job.work(job.argument);
+    job.work = nullptr;
+    job.done.notify_one();
+  };
+  if (rte_eal_alarm_set(1, run, nullptr) != 0) return false;
+  job.done.wait(lock, [] { return job.work == nullptr; });
+  return true;
+}
+
 void stop_eal() noexcept {
   const std::lock_guard lock(mutex);
   if (stage != Stage::kRunning || owner != getpid()) return;
+  // The interrupt thread outlives EAL's memory, and the ports that were just closed have left it work there: what the
+  // second of two rounds finds has been done after that.
+  for (int round = 0; round < 2; ++round) static_cast<void>(in_interrupt_thread([](void*) {}, nullptr));
   rte_eal_cleanup();
   stage = Stage::kStopped;
   std::error_code ignored;

@@ -39,6 +39,10 @@ const EalFacts& start_eal(const EalOptions& options);
 // Lets go of hugepages, threads and files. Ports must be closed. It cannot be started again in this process.
 void stop_eal() noexcept;
 
+// Runs `work` in the thread in which EAL answers interrupts and control channels, and waits for its end. False where
+// that cannot be; then it has not been run.
+[[nodiscard]] bool in_interrupt_thread(void (*work)(void*), void* argument) noexcept;
+
 // Why hugepages cannot be used for `memory_mb`; empty where they can.
 [[nodiscard]] std::string why_no_hugepages(unsigned memory_mb);
 

@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string_view>
+
 #include "dpdk/eal.h"
 #include "dpdk/hub.h"
 #include "dpdk/lane.h"
 #include "dpdk/port.h"
+#include "lane/landing.h"
 
 namespace py = pybind11;
 using namespace genie::dpdk;
@@ -43,6 +46,9 @@ PYBIND11_MODULE(_dpdk, module) {
   module.doc() = "The dpdk lane (native/dpdk/); used through genie_dynamo.runtime.lanes.dpdk.";
   py::register_exception<DpdkError>(module, "DpdkError", PyExc_OSError);
   py::register_local_exception<genie::LaneError>(module, "LaneError", PyExc_OSError);
+  const py::capsule landing = py::module_::import("genie_dynamo._native").attr("landing");
+  if (std::string_view(landing.name()) != "genie.LandingWay") throw py::import_error("not the _native of this build");
+  genie::land_through(*landing.get_pointer<const genie::LandingWay>());
   module.def(
       "start",
       [](const std::string& memory, unsigned memory_mb, const std::vector<std::string>& pci, const std::string& iova) {

@@ -1,6 +1,5 @@
 #include "dpdk/port.h"
 
-#include <rte_alarm.h>
 #include <rte_dev.h>
 #include <rte_errno.h>
 #include <rte_ethdev.h>
@@ -13,9 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstring>
-#include <mutex>
 
 #include "dpdk/eal.h"
 
@@ -49,25 +46,13 @@ std::uint32_t mtu_of(const std::string& interface) {
 }
 
 // memif's driver answers its control channel in EAL's interrupt thread, and may be about to free what a close frees too
-// (a peer that leaves while we do). Alarms run in that thread: there, one comes after the other.
+// (a peer that leaves while we do): there, one comes after the other.
 void close_in_interrupt_thread(std::uint16_t id) noexcept {
-  struct Job {
-    std::uint16_t id;
-    std::mutex mutex;
-    std::condition_variable changed;
-    bool done = false;
-  } job{id, {}, {}};
-  const auto close = [](void* argument) {
-    auto& work = *static_cast<Job*>(argument);
-    rte_eth_dev_stop(work.id);
-    rte_eth_dev_close(work.id);
-    const std::lock_guard lock(work.mutex);
-    work.done = true;
-    work.changed.notify_one();   // with the lock held: the work is gone as soon as who waits has seen it
+  const auto close = [](void* which) {
+    rte_eth_dev_stop(*static_cast<std::uint16_t*>(which));
+    rte_eth_dev_close(*static_cast<std::uint16_t*>(which));
   };
-  if (rte_eal_alarm_set(1, close, &job) != 0) return close(&job);
-  std::unique_lock lock(job.mutex);
-  job.changed.wait(lock, [&] { return job.done; });
+  if (!in_interrupt_thread(close, &id)) close(&id);
 }
 
 void let_go(void*, void*) {}  // the memory belongs to the transfer; see NOTES.md

@@ -44,7 +44,10 @@ Channel::Channel(std::unique_ptr<Lane> lane)
   }
 }
 
-Channel::~Channel() { lane_->close(); }
+Channel::~Channel() {
+  if (was_assisted_ && !is_inherited()) no_longer_assist(lane_fd());   // before that descriptor is closed
+  lane_->close();
+}
 
 void Channel::on_arrived(std::uint64_t id, std::uint64_t epoch, std::vector<Buffer> buffers) {
   if ((epoch & kBundled) != 0) {
@@ -249,7 +252,7 @@ bool Channel::assist() {
 // Before a thread turns to something else: what it leaves half done is looked after.
 void Channel::leave(Lock& lock) {
   if (assisted_ || closed_ || polling_ || !lane_->in_progress()) return;
-  assisted_ = true;
+  assisted_ = was_assisted_ = true;
   if (!lane_->arm(true)) lane_->wake();
   lock.unlock();
   ::genie::assist(shared_from_this());

@@ -104,6 +104,7 @@ class Channel final : public std::enable_shared_from_this<Channel>, private Sink
   bool polling_ = false;
   bool asleep_ = false;
   bool assisted_ = false;
+  bool was_assisted_ = false;
   std::size_t num_waiting_ = 0;
   std::deque<Message> inbox_;
   std::unordered_map<std::uint64_t, End> watched_;

@@ -12,6 +12,13 @@ namespace genie {
 // not mapped and faulted in for every transfer. An empty buffer where there is no memory.
 [[nodiscard]] Buffer land(std::size_t size_bytes) noexcept;
 
+// Lands through another module from here on: genie_dynamo._dpdk through _native, so that a process has one such pool,
+// with one limit, one set of numbers, and page-locked where _native was told to (pin_segments). In a capsule's memory.
+struct LandingWay {
+  Buffer (*land)(std::size_t size_bytes) noexcept;
+};
+void land_through(const LandingWay& way) noexcept;
+
 // That pool's numbers.
 [[nodiscard]] PoolStatistics landing_statistics();
 

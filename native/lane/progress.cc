@@ -39,6 +39,11 @@ class ProgressThread {
     }
   }
 
+  void remove(int fd) {
+    const std::lock_guard hold(lock_);
+    if (channels_.contains(fd)) forget(fd);
+  }
+
  private:
   ProgressThread() : epoll_(::epoll_create1(EPOLL_CLOEXEC)), pid_(::getpid()) {
     // Signals belong to Python's main thread.
@@ -63,8 +68,10 @@ class ProgressThread {
     std::shared_ptr<Channel> channel;
     {
       const std::lock_guard hold(lock_);
-      if (const auto at = channels_.find(fd); at != channels_.end()) channel = at->second.lock();
-      if (channel == nullptr) return forget(fd);
+      const auto at = channels_.find(fd);
+      if (at == channels_.end()) return;         // its channel is gone, perhaps its descriptor another's
+      channel = at->second.lock();
+      if (channel == nullptr) return forget(fd);   // it is going, and waits for the lock before it closes
     }
     if (channel->assist()) return;
     {
@@ -89,5 +96,7 @@ class ProgressThread {
 }  // namespace
 
 void assist(const std::shared_ptr<Channel>& channel) { ProgressThread::instance().add(channel); }
+
+void no_longer_assist(int lane_fd) { ProgressThread::instance().remove(lane_fd); }
 
 }  // namespace genie

@@ -104,16 +104,18 @@ inline Slice slice_of(std::shared_ptr<std::vector<std::byte>> bytes) {
   return {data, size, std::move(bytes)};
 }
 
+constexpr auto kPatience = std::chrono::seconds(60);   // with a sanitizer, on a busy machine
+
 inline Deadline in(std::chrono::milliseconds time) { return Clock::now() + time; }
 
 inline std::uint64_t send(Channel& channel, const std::vector<Slice>& slices, SendOptions options = {}) {
   Posted posted = Posted::kBusy;
-  return channel.send(slices, options, in(std::chrono::seconds(10)), posted);
+  return channel.send(slices, options, in(kPatience), posted);
 }
 
 inline Message receive(Channel& channel) {
   Message message;
-  REQUIRE(channel.receive(message, in(std::chrono::seconds(10)), std::chrono::microseconds(0)) ==
+  REQUIRE(channel.receive(message, in(kPatience), std::chrono::microseconds(0)) ==
           Channel::Got::kMessage);
   return message;
 }

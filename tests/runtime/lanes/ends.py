@@ -42,19 +42,22 @@ def why_not(kind: str) -> str:
 class Peer:
     """A process with the other end. `channel` is this process's.
 
-    Over af_packet each end has a network namespace; this thread is in its own for as long as the peer lives, and other
-    threads are not.
+    Over af_packet, and wherever `apart` asks for it, each end has a network namespace; this thread is in its own for as
+    long as the peer lives, and other threads are not.
     """
 
-    def __init__(self, kind: str, mode: str) -> None:
+    def __init__(self, kind: str, mode: str, apart: bool = False) -> None:
         self._stack = contextlib.ExitStack()
-        self.pair = self._stack.enter_context(networks.veth(mtu=9000)) if kind == "af_packet" else None
+        apart = apart or kind == "af_packet"
+        self.pair = self._stack.enter_context(networks.veth(mtu=9000)) if apart else None
         here, there, prefix = kind, kind, []
         if self.pair is not None:
-            here, there = f"{kind}:{self.pair.first_interface}", f"{kind}:{self.pair.second_interface}"
+            if kind in PORTS:
+                here, there = f"{kind}:{self.pair.first_interface}", f"{kind}:{self.pair.second_interface}"
             prefix = self.pair.inside(1)
             self._stack.enter_context(networks.thread_inside(self.pair.first))
-        address = f"@genie-tests-{os.getpid()}-{next(_numbers)}" if kind == "shm" else "127.0.0.1:0"
+        host = networks.give_addresses(self.pair)[1] if self.pair is not None else "127.0.0.1"
+        address = f"@genie-tests-{os.getpid()}-{next(_numbers)}" if kind == "shm" else f"{host}:0"
         if kind in PORTS:
             address = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="genie-t-"))
         self._process = subprocess.Popen(

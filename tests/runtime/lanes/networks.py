@@ -37,9 +37,12 @@ def why_no_dpdk() -> str:
 
 
 def why_no_namespaces() -> str:
-    """Why two ends cannot be put on an Ethernet of their own; empty where they can."""
-    if why := why_no_dpdk():
-        return why
+    """Why two ends of a dpdk lane cannot be put on an Ethernet of their own; empty where they can."""
+    return why_no_dpdk() or why_no_network()
+
+
+def why_no_network() -> str:
+    """Why this process cannot have network namespaces; empty where it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -84,6 +87,50 @@ def thread_inside(namespace: str) -> Iterator[None]:
             yield
         finally:
             libc.setns(before.fileno(), _CLONE_NEWNET)
+
+
+def give_addresses(pair: Pair) -> tuple[str, str]:
+    """Of IPv4, to both ends."""
+    addresses = ("10.231.0.1", "10.231.0.2")
+    for namespace, interface, address in ((pair.first, pair.first_interface, addresses[0]),
+                                          (pair.second, pair.second_interface, addresses[1])):
+        _run("ip", "-n", namespace, "addr", "add", f"{address}/24", "dev", interface)
+    return addresses
+
+
+def why_no_loss() -> str:
+    """Why the kernel cannot be made to lose frames here; empty where it can."""
+    if why := why_no_network():
+        return why
+    if shutil.which("tc") is None:
+        return "tc is not installed (apt-get install iproute2)"
+    with veth(mtu=1500) as pair:
+        try:
+            lose(pair, one_in=2)
+        except subprocess.CalledProcessError as error:
+            return f"this kernel has no clsact with BPF: {error.stderr.strip()}"
+    return ""
+
+
+def lose(pair: Pair, one_in: int) -> None:
+    """From here on the kernel drops one of so many frames that leave either end, by its own random numbers.
+
+    Not every kernel has netem; this is a classic BPF program where frames leave, and drops where random % one_in is 0.
+    DPDK's af_packet driver sends past it.
+    """
+    random, shot, ok = 0xFFFFF038, 2, 0                # SKF_AD_OFF + SKF_AD_RANDOM; TC_ACT_SHOT, TC_ACT_OK
+    program = f"5,32 0 0 {random},148 0 0 {one_in},21 0 1 0,6 0 0 {shot},6 0 0 {ok}"
+    for which, interface in enumerate((pair.first_interface, pair.second_interface)):
+        _run(*pair.inside(which), "tc", "qdisc", "add", "dev", interface, "clsact")
+        _run(*pair.inside(which), "tc", "filter", "add", "dev", interface, "egress", "bpf", "da", "bytecode", program)
+
+
+def num_lost(pair: Pair) -> int:
+    """Frames that `lose` has dropped at both ends."""
+    said = [subprocess.run([*pair.inside(which), "tc", "-s", "qdisc", "show", "dev", interface], check=True, text=True,
+                           capture_output=True, timeout=20).stdout.partition("clsact")[2]
+            for which, interface in enumerate((pair.first_interface, pair.second_interface))]
+    return sum(int(text.partition("dropped ")[2].partition(",")[0]) for text in said)
 
 
 def _run(*command: str) -> None:

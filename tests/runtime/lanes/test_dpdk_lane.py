@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genie_dynamo.runtime.lanes import dpdk
+from genie_dynamo.runtime.lanes import dpdk, native
 from genie_dynamo.runtime.lanes.native import to_tensor
 from tests.runtime.lanes.ends import PORTS, Peer, why_not
 
@@ -66,6 +66,19 @@ def test_large_payload_is_sent_from_where_it_is_and_its_memory_is_let_go(peer: P
     after = peer.channel.statistics()
     assert after["gathered"] - before["gathered"] > 400
     assert after["bad_digests"] == after["bad_frames"] == 0
+
+
+def test_payload_lands_in_the_one_pool_of_this_process(peer: Peer) -> None:
+    """Whose numbers, limit and page-locking hold for every lane."""
+    pool = native.module().landing_statistics
+    before = pool()["num_allocations"]
+    sent = payload(3_000_000, 1)
+    peer.channel.send([b"", sent.numpy()])
+    came = peer.channel.receive(30.0)
+    assert came is not None
+    assert pool()["num_allocations"] == before + 1
+    assert pool()["used_bytes"] >= 3_000_000
+    del came
 
 
 @pytest.mark.parametrize("loss", [0.001, 0.01, 0.3])
