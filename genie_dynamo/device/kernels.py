@@ -28,6 +28,7 @@ from genie_dynamo.device.memory import (
     new_tensor,
     new_view,
     read,
+    read_as,
     shifted,
     storage_of,
     write,
@@ -214,13 +215,13 @@ def view(target: OpOverload) -> Kernel:
             held = storage_of(tensor).genie
             memory = memory_of(tensor) if type(held) is Node else held
             assert memory is not None
-            seen = memory.node.layout if memory.plain else layout_of(tensor)
+            seen: Any = memory.node.layout if memory.plain else layout_of(tensor)
             quick = (seen, rest_of(args))
             known = found.get(quick)
             if known is not None:
                 out, shift, call = known
                 if memory.views is None or out not in memory.views:
-                    return new_view(tensor, memory, Node(call, (read(tensor, memory),), (), out))
+                    return new_view(tensor, memory, Node(call, (read_as(memory, seen),), (), out))
                 return shifted(tensor, out.shape, out.stride, shift)
         memory = memory_of(tensor)
         assert memory is not None

@@ -121,16 +121,18 @@ def memory_of(tensor: Tensor) -> Memory | None:
 
 def read(tensor: Tensor, memory: Memory) -> Node:
     """The tensor's value now."""
-    node = memory.node
     if memory.plain:
-        return node
-    seen = layout_of(tensor)
-    if seen is not node.layout:
-        known = memory.views.get(seen) if memory.views is not None else None
-        node = known if known is not None else _read_view(memory, seen)
-    if lazy_bits[0]:
-        node = _resolve(tensor, node)
-    return node
+        return memory.node
+    node = read_as(memory, layout_of(tensor))
+    return _resolve(tensor, node) if lazy_bits[0] else node
+
+
+def read_as(memory: Memory, seen: Layout) -> Node:
+    """The value now of a tensor of this layout over the memory, were it not conjugated or negated."""
+    if seen is memory.node.layout:
+        return memory.node
+    known = memory.views.get(seen) if memory.views is not None else None
+    return known if known is not None else _read_view(memory, seen)
 
 
 def _read_view(memory: Memory, seen: Layout) -> Node:

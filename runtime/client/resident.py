@@ -13,18 +13,16 @@ import torch
 import zmq
 
 from genie_dynamo.core import messages as m
-from genie_dynamo.core.errors import GenieError, ProtocolError, StaleHandleError, WorkerLostError
-from genie_dynamo.core.tensors import view_of
+from genie_dynamo.core.errors import GenieError, StaleHandleError, WorkerLostError
 from genie_dynamo.core.wire import pack
 from genie_dynamo.runtime.client.binding import RNG_ARGUMENT, BoundProgram
-from genie_dynamo.runtime.client.connection import Connection, to_error
+from genie_dynamo.runtime.client.connection import Connection
+from genie_dynamo.runtime.client.receiving import RefusedError, receive_result
 from genie_dynamo.runtime.client.session import Session
 from genie_dynamo.runtime.client.uploads import payload_bytes
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.telemetry import Share
-
-CPU = torch.device("cpu")
 
 CHUNK_BYTES = 32 << 20
 """Uploads wait for the worker after this much, so that neither side's queues grow."""
@@ -148,8 +146,9 @@ class Underway:
         waiting_s = time.perf_counter()
         try:
             session.check_open()
-            values, result, received = _receive(self._connection, bound, self._request, self._deadline_s)
-        except _RefusedError as refused:
+            values, result, received = receive_result(self._connection, bound, self._request, self._deadline_s,
+                                                      _as_output)
+        except RefusedError as refused:
             link.give_back(self._connection)
             assert refused.__cause__ is not None
             raise refused.__cause__ from None
@@ -183,10 +182,6 @@ class Underway:
         self._connection.close(linger_ms=200)
 
 
-class _RefusedError(Exception):
-    """The worker has answered that the run did not happen; `__cause__` is why. The connection is still good."""
-
-
 def _send(session: Session, connection: Connection, bound: BoundProgram, args: Sequence[Any], rng: Any,
           keeps: Sequence[Resident], deadline_s: float) -> tuple[int, dict[str, int]]:
     frames: list[Any] = []
@@ -213,38 +208,8 @@ def _send(session: Session, connection: Connection, bound: BoundProgram, args: S
     return request, {"inputs": inline_bytes + sum(map(len, frames)), "control": len(header) - inline_bytes}
 
 
-def _receive(connection: Connection, bound: BoundProgram, request: int,
-             deadline_s: float) -> tuple[list[Any], m.Result, dict[str, int]]:
-    values: dict[int, Any] = {}
-    spans: dict[int, torch.Tensor] = {}
-    output_bytes = control_bytes = 0
-    while True:
-        message, frames, header_bytes = connection.receive(deadline_s)
-        if isinstance(message, m.Failure) and message.request in (request, 0):
-            raise _RefusedError from to_error(message, bound.link.address)
-        if not isinstance(message, m.Result | m.Partial) or message.request != request:
-            continue
-        control_bytes += header_bytes
-        for index, value in message.values:
-            if type(value) is tuple:
-                if value[0] == m.ALIAS:
-                    values[index] = view_of(spans[value[1]], value[2])
-                    continue
-                size = payload_bytes(value[1], frames)
-                control_bytes -= size if type(value[1][3]) is bytes else 0
-                output_bytes += size
-                landed = _lane.land(value[1], frames, CPU)
-                if value[0] == m.SPAN:
-                    spans[index] = landed
-                    landed = view_of(landed, value[2])
-                value = landed
-            values[index] = value
-        if isinstance(message, m.Result):
-            if len(values) != len(bound.return_names):
-                raise ProtocolError(f"worker {bound.link.name} returned {len(values)} of "
-                                    f"{len(bound.return_names)} values")
-            return [values[i] for i in range(len(values))], message, {"outputs": output_bytes,
-                                                                        "control": control_bytes}
+def _as_output(_: str) -> str:
+    return "outputs"
 
 
 def fetch(session: Session, resident: Resident) -> torch.Tensor:

@@ -14,22 +14,16 @@ from typing import Any
 import torch
 
 from genie_dynamo.core import messages as m
-from genie_dynamo.core.errors import ProtocolError
 from genie_dynamo.core.wire import pack
 from genie_dynamo.runtime.client.binding import BoundProgram, Template
-from genie_dynamo.runtime.client.connection import Connection, to_error
+from genie_dynamo.runtime.client.connection import Connection
+from genie_dynamo.runtime.client.receiving import RefusedError, receive_result
 from genie_dynamo.runtime.client.session import Session
 from genie_dynamo.runtime.client.state import StateRules, Stored
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.telemetry import Share
 
-CPU = torch.device("cpu")
 _lane = ZmqFrames()
-_MISSING = object()
-
-
-class _RefusedError(Exception):
-    """The worker has answered that the call did not happen; `__cause__` is why. The connection is still good."""
 
 
 class ChangedError(Exception):
@@ -60,8 +54,9 @@ def steady_call(session: Session, bound: BoundProgram, template: Template, rules
             if unchanged is not None and not unchanged():
                 raise ChangedError
             begun = rules.begin(args) if rules.active and rules.recipes else ()
-            named, result, received = _receive(connection, bound, rules, request, deadline_s)
-        except _RefusedError as refused:
+            values, result, received = receive_result(connection, bound, request, deadline_s, rules.reason_down)
+            named = dict(zip(bound.return_names, values, strict=True))
+        except RefusedError as refused:
             bound.template = Template(None, template.references, bound.arguments, 0)
             rules.gave_up(link, state, stored)
             link.give_back(connection)
@@ -113,36 +108,3 @@ def _send(session: Session, connection: Connection, bound: BoundProgram, templat
     inline_bytes = sum(sent.values()) - (sum(map(len, frames)) if frames else 0)
     sent["control"] = len(header) - inline_bytes
     return request, sent
-
-
-def _receive(connection: Connection, bound: BoundProgram, rules: StateRules, request: int,
-             deadline_s: float) -> tuple[dict[str, Any], m.Result, dict[str, int]]:
-    names = bound.return_names
-    count = len(names)
-    values: list[Any] = [_MISSING] * count
-    open_count, control_bytes = count, 0
-    received = {"outputs": 0}
-    while True:
-        message, frames, header_bytes = connection.receive(deadline_s)
-        if isinstance(message, m.Failure) and message.request in (request, 0):
-            raise _RefusedError from to_error(message, bound.link.address)
-        if not isinstance(message, m.Result | m.Partial) or message.request != request:
-            continue
-        control_bytes += header_bytes
-        for index, value in message.values:
-            if not 0 <= index < count or values[index] is not _MISSING:
-                raise ProtocolError(f"worker {bound.link.name} sent value {index} of {count} unasked or twice")
-            if type(value) is tuple:
-                wire = value[1]
-                if type(wire[3]) is bytes:
-                    control_bytes -= len(wire[3])
-                value = _lane.land(wire, frames, CPU)
-                reason = rules.reason_down(names[index])
-                received[reason] = received.get(reason, 0) + value.nbytes
-            values[index] = value
-            open_count -= 1
-        if isinstance(message, m.Result):
-            if open_count:
-                raise ProtocolError(f"worker {bound.link.name} returned {count - open_count} of {count} values")
-            received["control"] = control_bytes
-            return dict(zip(names, values, strict=True)), message, received
