@@ -27,13 +27,20 @@ MEMORY_LIMIT_BYTES = 8 << 20
 STEP_LIMIT = 1.05
 TOKEN_LIMIT_BYTES = 2048
 
-_OPS: dict[str, Callable[[Any, Any], Any]] = {
-    "add": lambda x, y: x + y,
-    "mul by a number": lambda x, y: x * 1.5,
-    "matmul": lambda x, y: x @ y,
-    "add_": lambda x, y: x.add_(y),
-    "transpose": lambda x, y: x.t(),
+_OPS: dict[str, tuple[int, Callable[[Any, Any], Any]]] = {
+    "add": (1, lambda x, y: x + y),
+    "mul by a number": (1, lambda x, y: x * 1.5),
+    "matmul": (1, lambda x, y: x @ y),
+    "add_": (1, lambda x, y: x.add_(y)),
+    "softmax": (1, lambda x, y: x.softmax(-1)),
+    "transpose": (1, lambda x, y: x.t()),
+    "view": (1, lambda x, y: x.view(2, 8)),
+    "select": (1, lambda x, y: x[1]),
+    "slice": (1, lambda x, y: x[1:3]),
+    "fill a row (select, fill_)": (2, lambda x, y: x[1].fill_(2.0)),
+    "copy a row (select, select, copy_)": (3, lambda x, y: x[1].copy_(y[0])),
 }
+"""Ops in a call, and the call."""
 
 
 def _remote(params: Mapping[str, Any]) -> Any:
@@ -49,7 +56,8 @@ def op(params: Mapping[str, Any]) -> Step:
     import torch
 
     torch.set_grad_enabled(False)
-    x, y, call = torch.full((4, 4), 0.5), torch.full((4, 4), 1e-9), _OPS[params["op"]]
+    x, y, call = torch.full((4, 4), 0.5), torch.full((4, 4), 1e-9), _OPS[params["op"]][1]
+    count = OPS * _OPS[params["op"]][0]
     remote = None
     if params["device"] == DEVICE:
         remote = _remote(params)
@@ -61,7 +69,7 @@ def op(params: Mapping[str, Any]) -> Step:
         started_s = time.perf_counter()
         for _ in range(OPS):
             call(x, y)
-        return (time.perf_counter() - started_s) / OPS
+        return (time.perf_counter() - started_s) / count
 
     for _ in range(20):
         sample()
@@ -85,7 +93,7 @@ def long(params: Mapping[str, Any]) -> Step:
 
     def sample() -> float:
         width = next(shapes)
-        engine.current.structures.clear()
+        engine.current.programs.clear()
         started_s = time.perf_counter()
         x = start[:1].expand(width)
         for _ in range(count // 2):

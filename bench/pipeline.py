@@ -30,44 +30,14 @@ _CALLS = 6             # of each caller in a sample
 def build(name: str) -> tuple[Any, Any]:
     """A model and a batch, the same in every process."""
     import torch
-    from torch import nn
+
+    from tests.models.staged import LastState, convolutions
 
     torch.manual_seed(0)
     if name == "decoder":
-        return _decoder(nn, layers=6, width=256), torch.arange(32 * 64).view(32, 64) % 512
-    layers: list[Any] = [nn.Conv2d(3, 32, 5, stride=2, padding=2), nn.ReLU()]
-    for _ in range(5):
-        layers += [nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 100)]
-    generator = torch.Generator().manual_seed(1)
-    return nn.Sequential(*layers).eval().requires_grad_(False), torch.randn(32, 3, 64, 64, generator=generator)
-
-
-def _decoder(nn: Any, layers: int, width: int) -> Any:
-    import torch
-
-    class Decoder(nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(512, width)
-            self.layers = nn.ModuleList(nn.ModuleDict({
-                "norm": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width),
-                "mlp": nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
-                                     nn.Linear(4 * width, width))}) for _ in range(layers))
-            self.norm = nn.LayerNorm(width)
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            h = self.embedding(ids)
-            for layer in self.layers:
-                rows, length, _ = h.shape
-                q, k, v = layer["qkv"](layer["norm"](h)).view(rows, length, 3, 8, width // 8).permute(2, 0, 3, 1, 4)
-                mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-                h = h + layer["out"](mixed.transpose(1, 2).reshape(rows, length, width))
-                h = h + layer["mlp"](h)
-            out: torch.Tensor = self.norm(h)[:, -1]
-            return out
-
-    return Decoder().eval().requires_grad_(False)
+        return LastState(6, 256, 8, 512).eval().requires_grad_(False), torch.arange(32 * 64).view(32, 64) % 512
+    model = convolutions(6, 32, 100, halve=True).eval().requires_grad_(False)
+    return model, torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def _like_a_worker() -> None:

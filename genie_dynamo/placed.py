@@ -35,11 +35,10 @@ from genie_dynamo.passes.held import Held, held_inputs
 from genie_dynamo.passes.partition import Partition, check_prices, partition
 from genie_dynamo.passes.pipelining import pipeline_partition
 from genie_dynamo.passes.placement.interfaces import Limits
-from genie_dynamo.passes.placement.planner import Planner
 from genie_dynamo.passes.planning import Assign
 from genie_dynamo.passes.rows.split import SplitGraph
 from genie_dynamo.passes.semantics.carry import marked
-from genie_dynamo.placing import no_long_pauses
+from genie_dynamo.placing import no_long_pauses, planner
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph
 from genie_dynamo.runtime.client.session import Session
 
@@ -171,10 +170,10 @@ class PlacedGraph:
         with no_long_pauses(TIME_LIMIT_S):
             if self.parts.split is not None:
                 return pipeline_partition(self.gm, self.facts, self.parts.split, workers, facts.lanes,
-                                          self._config.policy, Planner(time.monotonic), limits,
+                                          self._config.policy, planner(), limits,
                                           aware=self._config.awareness == "full")
             return partition(self.gm, self.facts, workers, facts.lanes, self._config.policy,
-                             Planner(time.monotonic), limits, aware=self._config.awareness == "full",
+                             planner(), limits, aware=self._config.awareness == "full",
                              symbol_values=self.symbol_values, held=self._held)
 
     def _place(self, session: Session, args: Sequence[Any]) -> None:

@@ -13,8 +13,17 @@ from genie_dynamo.core.cost_graph import CostGraph, Device
 from genie_dynamo.core.errors import ConfigError
 from genie_dynamo.core.placement import POLICIES, Placement, Policy
 from genie_dynamo.passes.placement.interfaces import CostModel, Limits, Method, PlacementStrategy
+from genie_dynamo.passes.placement.kernel import Kernels
 from genie_dynamo.passes.placement.planner import Planner
 from genie_dynamo.passes.placement.scheduled import ScheduledPlan, scheduled_plan
+
+try:
+    from genie_dynamo import _native
+
+    _native_module: Any = _native
+    _KERNELS: Kernels | None = Kernels(makespan=_native_module.MakespanSearch, loads=_native_module.LoadSearch)
+except (ImportError, AttributeError):      # not built, or from an older tree: searches are slower without
+    _KERNELS = None
 
 _SHORT_S = 5.0
 _METHODS = ("auto", "heuristic", "exact")
@@ -38,7 +47,12 @@ def place(cost_graph: CostGraph, *, devices: Sequence[Device], policy: Policy = 
     limits = Limits(time_limit_s=time_limit_s, latency_bound_s=latency_bound_s, method=method, seed=seed)
     _check(policy, limits)
     with no_long_pauses(time_limit_s):
-        return Planner(time.monotonic).place(cost_graph, devices, policy, limits)
+        return planner().place(cost_graph, devices, policy, limits)
+
+
+def planner() -> Planner:
+    """The strategy that is used unless another is given, with the native search where that was built."""
+    return Planner(time.monotonic, kernels=_KERNELS)
 
 
 class Scheduler:
@@ -50,7 +64,7 @@ class Scheduler:
         _check(policy, self._limits)
         self._devices, self._policy = tuple(devices), policy
         self._cost_model: CostModel | None = None
-        self._strategy: PlacementStrategy = Planner(time.monotonic)
+        self._strategy: PlacementStrategy = planner()
 
     def set_cost_model(self, model: CostModel) -> None:
         """What turns graphs into cost graphs from now on."""

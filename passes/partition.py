@@ -265,9 +265,12 @@ def _spread(possible: Sequence[Alternative]) -> Alternative:
 def _cut(graph: CostGraph, placed: Placement) -> Alternative:
     moved = sum(edge.size_bytes or 0 for edge in {e.src: e for e in graph.edges
                                                   if placed.device[e.src] != placed.device[e.dst]}.values())
-    count = len(set(placed.device.values()))
-    return Alternative(name=f"cut over {count} workers ({placed.method})",
-                       est_s=placed.makespan_s or placed.objective_value, chosen=False,
+    used = sorted(set(placed.device.values()))
+    est_s = placed.makespan_s or placed.objective_value
+    if len(used) < 2:
+        return Alternative(name=f"a cut ({placed.method})", est_s=est_s, chosen=False,
+                           reason="none was found that is better than " + ", ".join(f"all of it on {u}" for u in used))
+    return Alternative(name=f"cut over {len(used)} workers ({placed.method})", est_s=est_s, chosen=False,
                        reason=f"{moved / 1e6:.3g} MB move between workers")
 
 

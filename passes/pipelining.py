@@ -148,9 +148,11 @@ def _chosen(best: _Pipeline, unsplit: Partition | None, split: SplitGraph, timel
     moved_s = sum(end - start for *_, start, end in best.schedule.transfers)
     row = Alternative(name=f"{split.num_parts} parts of the batch through {len(used)} workers ({best.method})",
                       est_s=est_s, chosen=True, reason=f"transfers take {moved_s * 1e3:.3g} ms, beside the computing")
-    if unsplit is not None and not (est_s <= MARGIN * unsplit.est_s and unsplit.est_s - est_s >= MIN_GAIN_S):
-        reason = (f"{est_s * 1e3:.3g} ms against {unsplit.est_s * 1e3:.3g} ms, and a pipeline must win "
-                  f"{1 - MARGIN:.0%} and {MIN_GAIN_S * 1e3:g} ms; {row.reason}")
+    # What more workers have to win, parts need not where the whole batch takes as many.
+    margin, least_s = (MARGIN, MIN_GAIN_S) if unsplit is None or len(unsplit.workers) < len(used) else (1.0, 0.0)
+    if unsplit is not None and not (est_s <= margin * unsplit.est_s and unsplit.est_s - est_s >= least_s):
+        must = f", and a pipeline must win {1 - MARGIN:.0%} and {MIN_GAIN_S * 1e3:g} ms" if margin < 1 else ""
+        reason = f"{est_s * 1e3:.3g} ms against {unsplit.est_s * 1e3:.3g} ms{must}; {row.reason}"
         rejected = dataclasses.replace(row, chosen=False, reason=reason)
         return dataclasses.replace(unsplit, alternatives=(*unsplit.alternatives, rejected))
     others = tuple(dataclasses.replace(

@@ -31,6 +31,8 @@ MISSING: Any = _Missing()
 
 _CHUNK = 4
 """Steps between two looks at the clock."""
+_LONG_S = 0.0005
+"""Where they took longer, one step at a time is made: somebody may be waiting for the run to give way."""
 
 _NEVER = 1 << 62
 
@@ -268,15 +270,19 @@ class FlatRun:
         stop, self.waiting_for = self._next_wait(total)
         if on_output is not None:
             self._report_early(on_output)
+        chunk, before_s = _CHUNK, 0.0
         while self._at < stop:
-            end = stop if until_s is None else min(self._at + _CHUNK, stop)
+            end = stop if until_s is None else min(self._at + chunk, stop)
             if on_output is not None and self._next_event < len(plan._events):
                 end = min(end, max(plan._events[self._next_event][0], self._at + 1))
             self._run_steps(end)
             if on_output is not None:
                 self._report_events(on_output)
-            if until_s is not None and self._at < total and time.monotonic() >= until_s:
-                return RunStatus.YIELDED
+            if until_s is not None and self._at < total:
+                now_s = time.monotonic()
+                if now_s >= until_s:
+                    return RunStatus.YIELDED
+                chunk, before_s = 1 if before_s and now_s - before_s > _LONG_S else _CHUNK, now_s
         if self.waiting_for is not None:
             return RunStatus.WAITING
         if on_output is not None:

@@ -26,6 +26,8 @@ Progress = Literal["auto", "on", "off"]
 
 LOG_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 MAX_EMBEDDED_WORKERS = 256
+HOUSEKEEPING_S = 1.0       # a client tells each worker this often that it lives
+MIN_LEASE_S = 3 * HOUSEKEEPING_S
 MAX_THREADS = 4096
 _ADDRESS = re.compile(r"tcp://(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5})$|ipc://\S+$")
 _DPDK_PORT = re.compile(r"memif|(?:af_packet|af_xdp):[^\s:/]{1,15}|pci:[0-9a-fA-F:.]+")
@@ -272,6 +274,10 @@ class Config:
                 f"heartbeat_timeout_s={self.heartbeat_timeout_s:g} leaves no room for a lost heartbeat at "
                 f"heartbeat_interval_s={self.heartbeat_interval_s:g}; make it at least twice the interval",
                 option="heartbeat_timeout_s")
+        if self.session_lease_s < MIN_LEASE_S:
+            raise ConfigError(
+                f"session_lease_s={self.session_lease_s:g} ends between two signs of life, which a client sends its "
+                f"workers every {HOUSEKEEPING_S:g} s; make it at least {MIN_LEASE_S:g}", option="session_lease_s")
         if self.latency_bound_s is not None and self.policy != "min_cost":
             raise ConfigError(f"latency_bound_s={self.latency_bound_s:g} bounds min_cost; policy={self.policy!r} has "
                               "no use for it", option="latency_bound_s")

@@ -14,6 +14,7 @@ from typing import Any
 NAME = "remote_accelerator"
 
 _libraries: list[Any] = []
+_refusals: list[Any] = []
 unavailable = ""
 """Why the device cannot be had in this process; empty where it can."""
 
@@ -89,6 +90,7 @@ def register() -> None:
     from genie_dynamo.device.host import patch_host
     from genie_dynamo.device.module import RemoteAccelerator
     from genie_dynamo.device.moving import patch_modules
+    from genie_dynamo.device.refused import refuse_layouts
     from genie_dynamo.device.streams import without_streams
 
     module = RemoteAccelerator()
@@ -99,6 +101,7 @@ def register() -> None:
     fallback: Any = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
     fallback.fallback(_first_op, "PrivateUse1")
     _libraries.append(fallback)
+    _refusals.extend(refuse_layouts())
 
 
 def _first_op(op: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,18 +1,18 @@
 """Running what was recorded: when, on which worker, and what is left afterwards.
 
-A read runs every live recorded value in one program, so that the worker sees as large a graph as there is; what comes
-down is what was read. Between reads the recording is cut, and the piece handed to the worker without waiting for it
-(`genie_dynamo/device/submitted.py`): after some thousand ops, each time at the same op of a loop, so that the pieces
-repeat; and in a loop that reads in each step earlier, so that the worker computes while the step is being recorded. A
-value that turned out to fail takes down what hangs on it, and nothing else; it is raised by the read that wants it.
+A read hands over what it needs as one program, then, where that is much, whatever else is recorded and lives; what
+comes down is what was read, and nothing else is waited for. Between reads the recording is cut, and the piece handed to
+the worker (`genie_dynamo/device/submitted.py`): after some thousand ops, each time at the same op of a loop, so that
+the pieces repeat; and in a loop that reads in each step earlier, so that the worker computes while the step is
+recorded. So a loss that is read comes when the forward is through, and the next step is recorded while the worker ends
+this one. A value that turned out to fail takes down what hangs on it, and nothing else; it is raised by the read that
+wants it.
 """
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,19 +21,18 @@ from genie_dynamo import sessions
 from genie_dynamo.core.errors import GenieError, RemoteExecutionError, WorkerMemoryError
 from genie_dynamo.core.tensors import DTYPES
 from genie_dynamo.device import memory as memories
-from genie_dynamo.device.failures import blamed, failed_leaves, follows, gone, raise_if_failed, spread_failure
+from genie_dynamo.device.failures import blamed, failed_leaves, raise_if_failed, spread_failure
 from genie_dynamo.device.foreign import admission
+from genie_dynamo.device.generator import Generator
 from genie_dynamo.device.memory import new_tensor, value_in
 from genie_dynamo.device.nodes import Call, Layout, Node, item_of, layout, layout_of, uploaded
-from genie_dynamo.device.program import Program
+from genie_dynamo.device.program import Program, Programs
 from genie_dynamo.device.record import getitem
-from genie_dynamo.device.structure import Recording, Structure, Variant, collect
-from genie_dynamo.device.submitted import Submitted
-from genie_dynamo.runtime.client.resident import Answer, Resident, Underway, Uploader, fetch
+from genie_dynamo.device.structure import Recording, collect, split
+from genie_dynamo.device.submitted import Submissions, Submitted
+from genie_dynamo.runtime.client.resident import Resident, Underway, Uploader, fetch
 from genie_dynamo.runtime.client.session import Session
 from genie_dynamo.runtime.client.workers import WorkerLink
-
-log = logging.getLogger(__name__)
 
 CUT_OPS = 2000
 """A recording of this many ops is cut where the last one was cut."""
@@ -41,11 +40,12 @@ MAX_OPS = 6000
 """A recording is never longer than this."""
 EARLY_OPS = 96
 """After a read of a loop that is known, the first piece; each one after it is twice as long, up to CUT_OPS."""
+ALONG_OPS = 48
+"""What a read does not need is handed over with it from this many ops on; less waits for the next piece."""
 MAX_UNDERWAY = 8
 """So many runs are handed over before the first of them is waited for."""
 INLINE_BYTES = 64 << 10
 """CPU tensors below this go up with the run that uses them, larger ones at once."""
-MAX_STRUCTURES = 512
 
 
 class Engine:
@@ -53,15 +53,14 @@ class Engine:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.structures: dict[tuple[Any, ...], Structure] = {}
+        self.programs = Programs()
         self.counters = {"ops": 0, "runs": 0, "programs": 0, "cuts": 0, "replays": 0}
         self.next_cut = CUT_OPS                        # of so many ops, `maybe_cut` is to be asked
         self._repeats = False                          # the last long recording that was read is one that came before
         self._anchor: Call | None = None
-        self._underway: list[Submitted] = []           # in the order in which they were sent
+        self._underway = Submissions()
         self._uploader = Uploader()
-        self._rng_state: Node | None = None            # the generator's state before ...
-        self._rng_tail: Node | None = None             # ... the random nodes up to this one
+        self._generator = Generator()
 
     # -- recording --------------------------------------------------------------------------------------------
 
@@ -83,35 +82,28 @@ class Engine:
         with self.lock:
             self.counters["cuts"] += 1
             roots, holders = self._roots()
-            tail = self._rng_tail
-            if not roots and tail is None:
+            if not roots and not self._also():
                 return
             if admission.spread is not None:
-                _list_again(holders)
+                self._list_again(holders)
                 self.run(())
                 return
             try:
-                recording = collect(roots, (), () if tail is None else (tail,))
+                recording = self._rest(roots)
                 if failed_leaves(recording, *self.place()):
                     self.run(())
                     return
                 self._submit(recording, holders)
-                if len(self._underway) > MAX_UNDERWAY:
-                    self._answer_of_first()
             except GenieError:
                 self._undo()
                 self.run(())
             finally:
-                _list_again(holders)
+                self._list_again(holders)
 
     def random_node(self, call: Call, inputs: Sequence[Node], scalars: Sequence[Any]) -> Node:
         """The node of an op that draws: after the one that drew last."""
         with self.lock:
-            tail = self._rng_tail
-            ordered = (*inputs, tail) if tail is not None and tail.value is None else tuple(inputs)
-            node = Node(call, ordered, tuple(scalars), call.single)
-            self._rng_tail = node
-        return node
+            return self._generator.node(call, inputs, scalars)
 
     def upload(self, tensor: torch.Tensor, *, stays: bool = False) -> Node:
         """A node for the present content of a CPU tensor.
@@ -129,40 +121,29 @@ class Engine:
     @property
     def random_tail(self) -> Node | None:
         """The node that drew last and has not run."""
-        return self._rng_tail
+        return self._generator.tail
 
     # -- the generator ----------------------------------------------------------------------------------------
 
     def seed(self, seed: int) -> None:
         """Start the generator anew."""
-        with self.lock:
-            self._settle_random()
-            self.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        self.set_rng_state(torch.Generator().manual_seed(seed).get_state())
 
     def rng_state(self) -> torch.Tensor:
         """The generator's state, as that of a CPU generator."""
         with self.lock:
             self._settle_random()
-            return self.value_of(self._generator()).clone()
+            return self.value_of(self._generator.state(*self.place())).clone()
 
     def set_rng_state(self, state: torch.Tensor) -> None:
         """Continue from a state."""
         with self.lock:
             self._settle_random()
-            self._rng_state, self._rng_tail = uploaded(state.detach().clone().cpu()), None
+            self._generator.start_from(state)
 
     def _settle_random(self) -> None:
-        if self._rng_tail is not None or self._underway:
+        if self._generator.tail is not None or self._underway:
             self.run(())
-
-    def _generator(self) -> Node:
-        if self._rng_state is not None and gone(self._rng_state, *self.place()):
-            log.warning("the state of remote_accelerator's generator was lost with its worker; it starts anew from "
-                        "torch.initial_seed()")
-            self._rng_state = None
-        if self._rng_state is None:
-            self._rng_state = uploaded(torch.Generator().manual_seed(torch.initial_seed()).get_state())
-        return self._rng_state
 
     # -- running ----------------------------------------------------------------------------------------------
 
@@ -178,32 +159,41 @@ class Engine:
         return session, session.links[0]
 
     def run(self, returned: Sequence[Node]) -> list[torch.Tensor]:
-        """Run everything recorded that lives; the values of the returned nodes, here.
+        """Have the returned nodes run, and wait for their values; where there are none, for all that is recorded.
 
-        Raises: what an op raised, where a returned value hangs on it; WorkerError.
+        Returns: those values, here.
+        Raises:  what an op raised, where a returned value hangs on it; WorkerError.
         """
+        settle = not returned
         with self.lock:
             while True:
                 for node in returned:
                     raise_if_failed(node)
                 todo = [node for node in returned if node.value is None]
                 roots, holders = self._roots()
-                tail = self._rng_tail
+                recording: Recording | None = None
                 alone = not self._underway
-                recording = None
                 came: list[Any] = []
                 try:
-                    if roots or todo or tail is not None:
-                        recording = collect(roots, todo, () if tail is None else (tail,))
+                    recording, left = self._next(roots, todo, settle)
+                    if recording is not None:
                         if self._spread(recording, failed_leaves(recording, *self.place())):
                             continue
-                        came = self._run_recording(recording, holders)
-                    elif self._underway:
-                        self._wait()
+                        submitted = self._hand_over(recording, holders)
+                        if left >= ALONG_OPS:
+                            self._hand_over(self._rest(roots), holders)
+                        alone = len(self._underway) <= 1
+                        came = self._returned_by(submitted)
+                    if settle:
+                        self._underway.wait_for_all()
+                    for node in returned:
+                        if type(node.value) is Resident:
+                            self._underway.wait_for_maker(node.value)
                 except GenieError as error:
                     self._undo()
                     if not alone:
-                        continue               # with what was sent before: which of them fails is to be found out
+                        settle = True          # with what was sent before: which of them fails is to be found out
+                        continue
                     if recording is None or not isinstance(error, RemoteExecutionError | WorkerMemoryError):
                         raise
                     self._spread(recording, blamed(recording, error))
@@ -212,7 +202,7 @@ class Engine:
                     self._undo(wait=False)
                     raise
                 finally:
-                    _list_again(holders)
+                    self._list_again(holders)
                 self.next_cut = min(EARLY_OPS, CUT_OPS) if self._repeats else CUT_OPS
                 here = dict(zip(todo, came, strict=True))
                 return [here[node] if node in here else self.value_of(node) for node in returned]
@@ -223,11 +213,8 @@ class Engine:
         value = node.value
         if isinstance(value, torch.Tensor):
             return value.detach().clone()
-        if value is None:
+        if value is None or self._underway.maker(value) is not None:
             return self.run((node,))[0]
-        if self._underway:
-            self.run(())                       # the value is there when they have been answered, and they may fail
-            return self.value_of(node)
         session, link = self.place()
         value.check(session, link)
         return fetch(session, value)
@@ -236,8 +223,8 @@ class Engine:
         """What is recorded and lives, as the next run would run it; it is not run."""
         with self.lock:
             roots, holders = self._roots()
-            _list_again(holders)
-            return collect(roots, (), () if self._rng_tail is None else (self._rng_tail,))
+            self._list_again(holders)
+            return self._rest(roots)
 
     def _roots(self) -> tuple[list[Node], list[Any]]:
         """The nodes that live storages hold and that still have to be run, and those storages."""
@@ -259,99 +246,97 @@ class Engine:
                 self._put(node, *self.place())
         return list(roots), holders
 
-    def _run_recording(self, recording: Recording, holders: Sequence[Any]) -> list[Any]:
+    def _next(self, roots: Sequence[Node], todo: Sequence[Node], settle: bool) -> tuple[Recording | None, int]:
+        """What is to be handed over now, if anything, and how many nodes are left then."""
+        also = self._also()
+        if todo and not settle and admission.spread is None:
+            parts = split(roots, todo, also)
+            if parts is not None:
+                for leaf in parts.shared:
+                    self._put(leaf, *self.place())
+                return parts.needed, parts.num_left
+        if not (roots or todo or also):
+            return None, 0
+        recording = collect(roots, todo, also)
+        if not todo and not settle and len(recording.nodes) < ALONG_OPS:
+            return None, 0
+        return recording, 0
+
+    def _rest(self, roots: Sequence[Node]) -> Recording:
+        return collect([node for node in roots if node.value is None], (), self._also())
+
+    def _also(self) -> tuple[Node, ...]:
+        """What has to run whether anybody wants its value or not."""
+        tail = self._generator.tail
+        return () if tail is None else (tail,)
+
+    def _list_again(self, holders: Sequence[Any]) -> None:
+        """Storages whose value is still to be made wait for the next run."""
+        again = [weakref.ref(storage) for storage in holders if value_in(storage).value is None]
+        memories.fresh += again
+        self.counters["ops"] -= len(again)
+
+    def _hand_over(self, recording: Recording, holders: Sequence[Any]) -> tuple[Submitted | None, Sequence[Any]]:
+        """Send it. Returns: what is under way and which of its values come down; or None, and those values."""
         if admission.spread is not None:
-            return self._run_spread(recording, admission.spread)
-        known = recording.key in self.structures
-        program = self._submit(recording, holders)
-        values = self._wait().values
+            return None, self._run_spread(recording, admission.spread)
+        known = recording in self.programs
+        submitted, program = self._submit(recording, holders)
         if len(recording.nodes) > EARLY_OPS or not known:
             self._repeats = known
-        return [values[i] for i in program.returned]
+        return submitted, program.returned
+
+    def _returned_by(self, handed_over: tuple[Submitted | None, Sequence[Any]]) -> list[Any]:
+        submitted, returned = handed_over
+        if submitted is None:
+            return list(returned)
+        if not returned:
+            return []
+        values = self._underway.wait_for(submitted).values
+        return [values[i] for i in returned]
 
     def _run_spread(self, recording: Recording, spread: Any) -> list[Any]:
         """Run it over several workers: what it leaves comes here."""
         values: list[Any] = spread.run(recording, self.value_of)
         self.counters["runs"] += 1
-        self._rng_tail = None
+        self._generator.tail = None
         for index, value in zip(recording.kept, values[len(recording.returned):], strict=True):
             _landed(recording.nodes[index], value)
         return values[: len(recording.returned)]
 
-    def _submit(self, recording: Recording, holders: Sequence[Any]) -> Program:
+    def _submit(self, recording: Recording, holders: Sequence[Any]) -> tuple[Submitted, Program]:
         """Send a recording to the worker; what it leaves counts as resident from here on."""
+        while len(self._underway) >= MAX_UNDERWAY:
+            self._underway.wait_for_first()
         session, link = self.place()
-        _, numbers, program = self._program(session, link, recording)
+        numbers, program = self.programs.find(session, link, recording)
+        self.counters["programs"] = self.programs.num_made
         random = program.random
         keeps = [Resident(session, link, _size_of(recording.nodes[i].layout)) for i in recording.kept]
         if random:
             keeps.append(Resident(session, link, 0))
         leaves = [leaf.value for leaf in recording.leaves]
-        state = self._generator() if random else None
+        state = self._generator.state(session, link) if random else None
         in_order = program.in_order(keeps)
         run = Underway(session, program.bound, [*leaves, *numbers], None if state is None else state.value, in_order,
                        session.config.timeout_s)
         self.counters["runs"] += 1
-        self._underway.append(Submitted(run, recording, keeps, in_order, holders,
-                                        (state, self._rng_tail) if random else None))
+        submitted = Submitted(run, recording, keeps, in_order, holders,
+                              (state, self._generator.tail) if random else None)
+        self._underway.add(submitted)
         if random:
-            self._rng_state = Node(None, (), (), None)
-            self._rng_state.value = keeps[-1]
-            self._rng_tail = None
-        return program
-
-    def _wait(self) -> Answer:
-        """The answer of the last of the runs under way, when all have come. Raises: what has stopped one of them."""
-        while True:
-            answer = self._answer_of_first()
-            if not self._underway:
-                return answer
-
-    def _answer_of_first(self) -> Answer:
-        answer = self._underway[0].run.wait()
-        self._underway.pop(0).answered(answer)
-        return answer
+            self._generator.leave(keeps[-1])
+        return submitted, program
 
     def _undo(self, *, wait: bool = True) -> None:
-        """Take back what is under way, and record it again: one of them has failed.
+        """Take back what is under way and has failed, and record it again.
 
-        Args: wait: for each to end, so that its values are freed after they have come to be.
+        Args: wait: see Submissions.close.
         """
-        while self._underway:
-            last = self._underway.pop()
-            if not last.run.over and wait:
-                with suppress(GenieError):
-                    last.run.wait()
-            elif not last.run.over:
-                last.run.abandon()
-            _list_again(last.undo())
-            if last.generator is not None:
-                self._rng_state, tail = last.generator
-                self._rejoin(tail)
-
-    def _rejoin(self, tail: Node | None) -> None:
-        """Let the random nodes that were recorded since follow `tail` again."""
-        first = self._rng_tail
-        if first is None or tail is None:
-            self._rng_tail = tail or first
-            return
-        while (before := follows(first)) is not None:
-            first = before
-        first.inputs = (*first.inputs, tail)
-
-    def _program(self, session: Session, link: WorkerLink,
-                 recording: Recording) -> tuple[Variant, list[Any], Program]:
-        structure = self.structures.get(recording.key)
-        if structure is None:
-            if len(self.structures) >= MAX_STRUCTURES:
-                self.structures.clear()
-            structure = self.structures[recording.key] = Structure()
-        variant, numbers = structure.variant(recording)
-        program = variant.programs.get(link.key)
-        if program is None:
-            program = variant.programs[link.key] = Program(session, link, variant, recording)
-            self.counters["programs"] += 1
-        return variant, numbers, program
+        for failed in self._underway.close(wait=wait):
+            self._list_again(failed.undo())
+            if failed.generator is not None:
+                self._generator.take_back(*failed.generator)
 
     def _put(self, node: Node, session: Session, link: WorkerLink) -> None:
         node.value = self._uploader.put(session, link, node.value, session.config.timeout_s)
@@ -359,7 +344,7 @@ class Engine:
     def _spread(self, recording: Recording, broken: set[Node]) -> bool:
         """Fail what hangs on broken nodes; whether there is any."""
         if broken:
-            self._rng_tail = spread_failure(recording, broken)(self._rng_tail)
+            self._generator.tail = spread_failure(recording, broken)(self._generator.tail)
         return bool(broken)
 
     # -- ops whose shapes hang on values ----------------------------------------------------------------------
@@ -395,11 +380,6 @@ def _landed(node: Node, value: torch.Tensor) -> None:
     if own is not None and value.stride() != own.stride and value.shape == own.shape:
         value = torch.empty_strided(own.shape, own.stride, dtype=own.dtype, device="cpu").copy_(value)
     node.value, node.call, node.inputs, node.scalars = value, None, (), ()
-
-
-def _list_again(holders: Sequence[Any]) -> None:
-    """Storages whose value is still to be made wait for the next run."""
-    memories.fresh += [weakref.ref(storage) for storage in holders if value_in(storage).value is None]
 
 
 def _size_of(own: Layout | None) -> int:

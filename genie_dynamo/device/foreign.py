@@ -63,7 +63,7 @@ def _sent_once(tensor: Tensor) -> Node:
     base = tensor._base
     if base is not None and base.dtype == tensor.dtype and base.is_contiguous() and not tensor.is_conj():
         # What a layer makes of its weight on the way here is a new tensor each time; the weight itself is not.
-        from genie_dynamo.device.record import as_strided
+        from genie_dynamo.device.moves import as_strided
 
         offset: Any = tensor.storage_offset() - base.storage_offset()
         return as_strided(_sent_once(base), layout(tensor.shape, tensor.stride(), offset, tensor.dtype))

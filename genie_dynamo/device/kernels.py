@@ -9,6 +9,7 @@ What no schema says stands in special.py.
 """
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,22 +28,22 @@ from genie_dynamo.device.memory import (
     new_tensor,
     new_view,
     read,
-    recorded,
+    shifted,
     storage_of,
     write,
 )
+from genie_dynamo.device.moves import as_strided, scattered
 from genie_dynamo.device.nodes import Call, Layout, Node, item_of, layout, layout_of
 from genie_dynamo.device.record import (
+    SCALAR,
     TENSOR,
     DataDependentError,
     Op,
     Tree,
-    as_strided,
     getitem,
     infer,
     op,
     record,
-    scattered,
 )
 from genie_dynamo.device.twins import Twin, twin_of
 
@@ -68,40 +69,59 @@ def functional(target: OpOverload) -> Kernel:
             engine.maybe_cut(call)
         if call.single is None or call.random:
             return outputs_of(own, call, inputs, scalars)
-        return recorded(call, tuple(inputs), tuple(scalars))
+        return new_tensor(Node(call, tuple(inputs), tuple(scalars), call.single))
 
     if len(target._schema.returns) == 1 and not own.random:
         if own.kinds[:2] == (TENSOR, TENSOR) and len(own.kinds) <= 3:
             return _binary(kernel)
-        if own.kinds == (TENSOR,):
-            return _unary(kernel)
+        if own.kinds[0] == TENSOR and not {TENSOR, SCALAR} & {*own.kinds[1:]}:
+            return _unary(kernel, _rest_of(target))
     return kernel
 
 
-def _unary(general: Kernel) -> Kernel:
-    """The same kernel, quicker for a tensor and nothing else."""
+def _unary(general: Kernel, rest_of: Callable[[Any], Any]) -> Kernel:
+    """The same kernel, quicker for a tensor with arguments that are neither tensors nor scalars."""
     found: dict[Any, Call] = {}
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and len(fresh) <= engine.next_cut:
+        if not kwargs and len(fresh) <= engine.next_cut:
             try:
                 node = storage_of(args[0]).genie
                 if type(node) is not Node:
                     node = node.node if node.plain else read(args[0], node)
-                call = found[node.layout]
+                call = found[node.layout, rest_of(args)]
             except _NOT_QUICK:
                 pass
             else:
-                return recorded(call, (node,), ())
+                return new_tensor(Node(call, (node,), (), call.single))
         result = general(*args, **kwargs)
-        made: Any = storage_of(result).genie if isinstance(result, Tensor) else None
+        made: Any = storage_of(result).genie if isinstance(result, Tensor) and not kwargs else None
         if type(made) is Node and made.call is not None and made.call.single is not None and len(made.inputs) == 1:
             if len(found) > MAX_KNOWN:
                 found.clear()
-            found[made.inputs[0].layout] = made.call
+            found[made.inputs[0].layout, rest_of(args)] = made.call
         return result
 
     return kernel
+
+
+def _rest_of(target: OpOverload) -> Callable[[Any], Any]:
+    """A function from a call's arguments to what tells those after the first apart: the schema says where lists are."""
+    lists = ["List" in str(a.type) for a in target._schema.arguments]
+    if not any(lists):
+        return _REST
+    return _only_list if lists == [False, True] else _rest_with_lists
+
+
+_REST: Callable[[Any], Any] = operator.itemgetter(slice(1, None))
+
+
+def _only_list(args: Any) -> Any:
+    return tuple(args[1])
+
+
+def _rest_with_lists(args: Any) -> Any:
+    return tuple([tuple(a) if type(a) is list else a for a in args[1:]])
 
 
 def _binary(general: Kernel) -> Kernel:
@@ -116,7 +136,7 @@ def _binary(general: Kernel) -> Kernel:
                 pass
             else:
                 if len(fresh) <= engine.next_cut:
-                    return recorded(call, inputs, scalars)
+                    return new_tensor(Node(call, inputs, scalars, call.single))
         result = general(*args, **kwargs)
         if len(args) == 2 and not kwargs and isinstance(result, Tensor):
             _remember(found, storage_of(result).genie)
@@ -183,25 +203,34 @@ def view(target: OpOverload) -> Kernel:
     """The kernel of a view op: its first argument is what is viewed."""
     own = Op(target, views=True)
     gather, calls = own.gather, own.calls
-    found: dict[Any, Layout] = {}          # (layout, other arguments) -> layout of the view, for those without tensors
+    rest_of = _rest_of(target)
+    # (layout, other arguments) -> the view's layout, how far it lies from there, and the call that reads it.
+    found: dict[Any, tuple[Layout, int, Call]] = {}
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         tensor = args[0]
-        memory = memory_of(tensor)
-        assert memory is not None
         quick: Any = None
         if not kwargs and not lazy_bits[0]:
+            held = storage_of(tensor).genie
+            memory = memory_of(tensor) if type(held) is Node else held
+            assert memory is not None
             seen = memory.node.layout if memory.plain else layout_of(tensor)
-            quick = (seen, *[tuple(a) if type(a) is list else a for a in args[1:]])
-            out = found.get(quick)
-            if out is not None and memory.views is not None and out in memory.views:
-                return alias_of(tensor, out.shape, out.stride, out.offset, out.dtype)     # and how to read it is known
+            quick = (seen, rest_of(args))
+            known = found.get(quick)
+            if known is not None:
+                out, shift, call = known
+                if memory.views is None or out not in memory.views:
+                    return new_view(tensor, memory, Node(call, (read(tensor, memory),), (), out))
+                return shifted(tensor, out.shape, out.stride, shift)
+        memory = memory_of(tensor)
+        assert memory is not None
         key, inputs, scalars = gather(args, kwargs)
         call = calls.get(key) or own.call(key, args, kwargs, inputs)
-        if quick is not None and call.single is not None and len(inputs) == 1:
+        if quick is not None and call.single is not None and len(inputs) == 1 and not scalars \
+                and call.single.dtype == quick[0].dtype:
             if len(found) > MAX_KNOWN:
                 found.clear()
-            found[quick] = call.single
+            found[quick] = call.single, call.single.offset - quick[0].offset, call
         if lazy_bits[0] and (tensor.is_conj() or tensor.is_neg()):
             return _lazy_view(target, tensor, memory, call)
         if call.single is not None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch._C import DispatchKey
 
-from genie_dynamo.device.nodes import Call, Layout, Node, layout, layout_of
+from genie_dynamo.device.moves import as_strided, copied, scattered
+from genie_dynamo.device.nodes import Layout, Node, layout, layout_of
 
 Tensor = torch.Tensor
 
@@ -37,8 +38,7 @@ def _forked() -> None:
 
 os.register_at_fork(after_in_child=_forked)
 reference = weakref.ref
-_new: Any = object.__new__
-_shifted: Any = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
+shifted: Any = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
 
 _MAX_VIEWS = 64
 
@@ -48,9 +48,9 @@ def alias_of(tensor: Tensor, shape: Sequence[int], stride: Sequence[int], offset
     """A tensor over the same storage, made without dispatch. It is conjugated or negated where `tensor` is."""
     if dtype is not None and dtype != tensor.dtype:
         count = max(dtype.itemsize // tensor.dtype.itemsize, 1)
-        first = _shifted(tensor, (count,), (1,), -tensor.storage_offset())
+        first = shifted(tensor, (count,), (1,), -tensor.storage_offset())
         tensor = torch.ops.aten.view.dtype._op_dk(DispatchKey.CompositeExplicitAutograd, first, dtype)
-    alias: Tensor = _shifted(tensor, shape, stride, offset - tensor.storage_offset())
+    alias: Tensor = shifted(tensor, shape, stride, offset - tensor.storage_offset())
     return alias
 
 fresh: list[weakref.ref[Any]] = []
@@ -88,25 +88,7 @@ def new_tensor(node: Node) -> Tensor:
     out: Any = node.layout
     tensor: Tensor = create(out.shape, out.dtype)
     if not out.contiguous:
-        tensor = _shifted(tensor, out.shape, out.stride, 0)
-    storage: Any = storage_of(tensor)
-    storage.genie = node
-    fresh.append(reference(storage))
-    return tensor
-
-
-def recorded(call: Call, inputs: tuple[Node, ...], scalars: tuple[Any, ...]) -> Tensor:
-    """A tensor that holds what the call gives, which is one tensor: `new_tensor(Node(...))` without the calls."""
-    out: Any = call.single
-    node = _new(Node)
-    node.call = call
-    node.inputs = inputs
-    node.scalars = scalars
-    node.layout = out
-    node.value = None
-    tensor: Tensor = create(out.shape, out.dtype)
-    if not out.contiguous:
-        tensor = _shifted(tensor, out.shape, out.stride, 0)
+        tensor = shifted(tensor, out.shape, out.stride, 0)
     storage: Any = storage_of(tensor)
     storage.genie = node
     fresh.append(reference(storage))
@@ -152,8 +134,6 @@ def read(tensor: Tensor, memory: Memory) -> Node:
 
 
 def _read_view(memory: Memory, seen: Layout) -> Node:
-    from genie_dynamo.device.record import as_strided
-
     node = as_strided(_in_dtype(memory.node, seen.dtype), seen)
     if memory.views is None or len(memory.views) >= _MAX_VIEWS:
         memory.views = {}
@@ -163,7 +143,7 @@ def _read_view(memory: Memory, seen: Layout) -> Node:
 
 def _in_dtype(node: Node, dtype: torch.dtype) -> Node:
     """The memory of a value as a flat tensor of another dtype; the value itself where the dtype is its own."""
-    from genie_dynamo.device.record import as_strided, record
+    from genie_dynamo.device.record import record
 
     own = node.layout
     assert own is not None
@@ -186,33 +166,44 @@ def _resolve(tensor: Tensor, node: Node) -> Node:
 def write(tensor: Tensor, value: Node) -> None:
     """Give the tensor, and so every view of its memory, new content: `value`, cast and broadcast as copy_ does."""
     storage: Any = storage_of(tensor)
-    found = storage.genie
-    if type(found) is Node and value.layout is found.layout:
-        storage.genie = value
-        fresh.append(reference(storage))
-        return
-    from genie_dynamo.device.record import as_strided, copied, record, scattered
-
-    memory = memory_of(tensor)
-    assert memory is not None
+    memory = storage.genie
+    if type(memory) is Node:
+        if value.layout is memory.layout:
+            storage.genie = value
+            fresh.append(reference(storage))
+            return
+        memory = storage.genie = Memory(storage, memory)
     own = memory.node.layout
     assert own is not None
     seen = own if memory.plain else layout_of(tensor)
     if lazy_bits[0] and (tensor.is_conj() or tensor.is_neg()):
-        if value.layout is not None and value.layout.dtype != seen.dtype:
-            value = record(torch.ops.aten._to_copy.default, value, dtype=seen.dtype)
-        value = _resolve(tensor, value)
+        value = _unresolved(tensor, value, seen)
+    made: Any = value.layout
     if seen is own:
-        memory.put(value if value.layout is own else copied(memory.node, value, own))
+        memory.put(value if made is own else copied(memory.node, value, own))
         return
     whole = _in_dtype(memory.node, seen.dtype)
-    part = as_strided(whole, seen)
-    if value.layout is None or value.layout.shape != seen.shape or value.layout.dtype != seen.dtype:
-        value = copied(part, value, layout(seen.shape, seen.stride, 0, seen.dtype))
+    if made is None or made.shape != seen.shape or made.dtype != seen.dtype:
+        value = copied(as_strided(whole, seen), value, layout(seen.shape, seen.stride, 0, seen.dtype))
     changed = scattered(whole, value, seen)
     if seen.dtype != own.dtype:
-        changed = as_strided(record(torch.ops.aten.view.dtype, changed, own.dtype), own)
+        changed = _back_in_dtype(changed, own)
     memory.put(changed)
+
+
+def _unresolved(tensor: Tensor, value: Node, seen: Layout) -> Node:
+    """What the memory has to hold so that a tensor that is conjugated or negated when it is read has this value."""
+    from genie_dynamo.device.record import record
+
+    if value.layout is not None and value.layout.dtype != seen.dtype:
+        value = record(torch.ops.aten._to_copy.default, value, dtype=seen.dtype)
+    return _resolve(tensor, value)
+
+
+def _back_in_dtype(flat: Node, own: Layout) -> Node:
+    from genie_dynamo.device.record import record
+
+    return as_strided(record(torch.ops.aten.view.dtype, flat, own.dtype), own)
 
 
 def is_ours(value: Any) -> bool:

@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from genie_dynamo.core import portable_ops as _portable_ops  # noqa: F401 - registers genie::laid_out
 from genie_dynamo.device import foreign, nodes
 from genie_dynamo.device.memory import read, storage_of
 from genie_dynamo.device.nodes import Call, Layout, Node, Slot, layout, layout_of
@@ -288,55 +287,6 @@ def op(target: OpOverload) -> Op:
 def record(target: Any, *args: Any, **kwargs: Any) -> Node:
     """Record a call of an overload; see Op.__call__."""
     return op(target)(*args, **kwargs)
-
-
-# -- what memories are read and written with -----------------------------------------------------------------
-
-
-def laid_out(node: Node) -> Node:
-    """The value, sure to lie in memory as its layout says."""
-    if node.exact:
-        return node
-    own = node.layout
-    assert own is not None
-    return _fixed(torch.ops.genie.laid_out.default, (node,), (own.stride,), own)
-
-
-def as_strided(node: Node, out: Layout) -> Node:
-    """The value's memory seen under another layout of the same dtype."""
-    if node.layout is out:
-        return node
-    return _fixed(aten.as_strided.default, (laid_out(node),), (out.shape, out.stride, out.offset), out)
-
-
-def scattered(whole: Node, part: Node, where: Layout) -> Node:
-    """The value with the elements of a layout replaced."""
-    own = whole.layout
-    assert own is not None
-    return _fixed(aten.as_strided_scatter.default, (laid_out(whole), part),
-                  (where.shape, where.stride, where.offset), own)
-
-
-def copied(target: Node, value: Node, own: Layout) -> Node:
-    """`value` cast, broadcast and laid out as `own`, which is the layout of `target` but for the offset."""
-    return _fixed(aten.copy.default, (laid_out(target), value), (), own)
-
-
-_fixed_calls: dict[Any, Call] = {}
-
-
-def _fixed(target: Any, inputs: tuple[Node, ...], numbers: tuple[Any, ...], out: Layout) -> Node:
-    """A call whose output layout is known: tensors first, then integers."""
-    key = (target, numbers, out, len(inputs))
-    call = _fixed_calls.get(key)
-    if call is None:
-        if len(_fixed_calls) >= _MAX_KEYS:
-            _fixed_calls.clear()
-        tree = Tree(())
-        rest = tuple([tree.add(number, NUMBER) for number in numbers])
-        slots = tuple([Slot("t", i) for i in range(len(inputs))])
-        call = _fixed_calls[key] = Call(target, (*slots, *rest), {}, tuple(tree.numbers), (((), out),), exact=True)
-    return Node(call, inputs, (), out)
 
 
 getitem: Callable[..., Any] = operator.getitem

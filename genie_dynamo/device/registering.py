@@ -9,6 +9,7 @@ from torch._ops import OpOverload
 from genie_dynamo.core.allowlist import denial
 from genie_dynamo.device.drawing import drawing
 from genie_dynamo.device.kernels import functional, mutation, view
+from genie_dynamo.device.refused import QUANTIZING, refuse_ops
 from genie_dynamo.device.special import COMPOSED, SPECIAL, inplace_view
 
 _LEFT_TO_TORCH = frozenset({
@@ -16,12 +17,6 @@ _LEFT_TO_TORCH = frozenset({
     "aten::alias", "aten::detach", "aten::detach_", "aten::lift_fresh", "aten::lift",
      "aten::_nested_view_from_buffer", "aten::requires_grad_",
 })
-
-_SPARSE = (
-    ("_sparse_coo_tensor_with_dims_and_tensors", "SparsePrivateUse1"), ("_to_sparse", "PrivateUse1"),
-    ("_to_sparse.sparse_dim", "PrivateUse1"), ("_to_sparse_csr", "PrivateUse1"), ("addmm", "SparsePrivateUse1"),
-)
-"""Where sparse tensors come up, to say that there are none."""
 
 _VIEWS_UNSAID = frozenset({"aten::_unsafe_view", "aten::unsafe_split.Tensor", "aten::unsafe_split_with_sizes"})
 """They make views, whatever their schemas say."""
@@ -41,8 +36,7 @@ def register_kernels() -> list[Any]:
     for name, composed in COMPOSED.items():
         library.impl(name, composed, "AutogradPrivateUse1")
         library.impl(name, composed, "PrivateUse1")
-    for name, key in _SPARSE:
-        library.impl(name, _no_sparse, key)
+    refuse_ops(library)
     own: Any = torch.library.Library("genie", "IMPL")  # type: ignore[no-untyped-call]
     for name in ("sdpa", "sdpa_bw"):
         own.impl(name, functional(getattr(torch.ops.genie, name).default), "PrivateUse1")
@@ -53,7 +47,7 @@ def _kernel_of(qualified: str) -> Any:
     special = SPECIAL.get(qualified)
     if special is not None:
         return special
-    if qualified in _LEFT_TO_TORCH or qualified.removeprefix("aten::") in COMPOSED:
+    if qualified in _LEFT_TO_TORCH or qualified.removeprefix("aten::") in {*COMPOSED, *QUANTIZING}:
         return None
     if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CompositeImplicitAutograd"):
         return None
@@ -78,9 +72,3 @@ def _overload(qualified: str) -> OpOverload | None:
     name, _, overload = qualified.removeprefix("aten::").partition(".")
     target = getattr(getattr(torch.ops.aten, name), overload or "default", None)
     return target if isinstance(target, OpOverload) else None
-
-
-def _no_sparse(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError(
-        "sparse tensors do not live on remote_accelerator: use x.to_dense() before x.to('remote_accelerator'), "
-        "Embedding(sparse=False), or keep that layer on the cpu")

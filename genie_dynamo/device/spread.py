@@ -8,7 +8,6 @@ placed by the policy, weights stay on the workers that use them, and what is rea
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,10 +28,9 @@ from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.lower import lower_fragment
 from genie_dynamo.passes.partition import partition
 from genie_dynamo.passes.placement.interfaces import Limits
-from genie_dynamo.passes.placement.planner import Planner
 from genie_dynamo.passes.planning import plan_graph
 from genie_dynamo.passes.semantics.carry import AnnotateSemantics
-from genie_dynamo.placing import no_long_pauses
+from genie_dynamo.placing import no_long_pauses, planner
 from genie_dynamo.runtime.client.attempt import GraphInfo
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph
 from genie_dynamo.runtime.client.session import Session
@@ -115,7 +113,7 @@ def _placed(gm: fx.GraphModule, facts: GraphFacts, session: Session, names: tupl
     limits = Limits(time_limit_s=TIME_LIMIT_S, latency_bound_s=config.latency_bound_s)
     try:
         with no_long_pauses(TIME_LIMIT_S):
-            found = partition(gm, facts, workers, known.lanes, config.policy, Planner(time.monotonic), limits,
+            found = partition(gm, facts, workers, known.lanes, config.policy, planner(), limits,
                               aware=config.awareness == "full")
     except CostError as error:
         log.info("a recorded graph cannot be priced, and stays on one worker: %s", error)

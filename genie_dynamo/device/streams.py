@@ -1,8 +1,8 @@
 """Keeps what Dynamo asks of every accelerator's streams away from a device that has none.
 
 Where torch knows an accelerator, Dynamo makes every compiled call of any backend fetch that accelerator's current
-stream and register it, whether the call has to do with it or not: 5 us. As on a machine without accelerators, tracing
-begins here without a current stream, and the calls fetch none.
+stream and register it, whether the call has to do with it or not. As on a machine without accelerators, tracing begins
+here without a current stream, and the calls fetch none.
 """
 from __future__ import annotations
 

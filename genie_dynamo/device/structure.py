@@ -80,6 +80,50 @@ def collect(roots: Sequence[Node], returned: Sequence[Node], also: Sequence[Node
     return Recording(tuple(key), tuple(nodes), tuple(leaves), down, kept, tuple(numbers))
 
 
+class Split(NamedTuple):
+    """A recording in two."""
+
+    needed: Recording              # what a read needs; it keeps what of it is held, and what the rest will read
+    num_left: int                  # nodes in the rest
+    shared: tuple[Node, ...]       # leaves of both that are of the CPU
+
+
+def split(roots: Sequence[Node], returned: Sequence[Node], also: Sequence[Node]) -> Split | None:
+    """Take what the returned nodes need out of everything that lives.
+
+    Returns: None where it has to be one recording: where something drawn is needed, for the order of draws holds for
+             all, or where the rest reads an op of several outputs.
+    """
+    needed = collect((), returned)
+    place = {node: index for index, node in enumerate(needed.nodes)}
+    if any(node.call is not None and node.call.random for node in needed.nodes):
+        return None
+    kept = {node: None for node in roots if node in place}
+    rest: set[Node] = set()
+    shared: dict[Node, None] = {}
+    stack = [node for node in (*roots, *also) if node not in place]
+    while stack:
+        node = stack.pop()
+        if node in rest:
+            continue
+        if node.value is not None:
+            if isinstance(node.value, torch.Tensor):
+                shared[node] = None
+            continue
+        rest.add(node)
+        for source in node.inputs:
+            if source in place:
+                if source.layout is None:
+                    return None
+                kept[source] = None
+            else:
+                stack.append(source)
+    indices = tuple(sorted([place[node] for node in kept]))
+    key = (*needed.key[:-3], indices, *needed.key[-2:])
+    return Split(needed._replace(kept=indices, key=key), len(rest),
+                 tuple([leaf for leaf in needed.leaves if leaf in shared]))
+
+
 def _kind(number: Any) -> Any:
     """A number's type; -0.0 has one of its own, for it equals 0.0 and gives other results."""
     return "-0.0" if number == 0 and isinstance(number, float) and math.copysign(1.0, number) < 0 else type(number)

@@ -1,4 +1,4 @@
-// genie_dynamo._native: conversions only; what it does stands in lane/ and memory/.
+// genie_dynamo._native: conversions only; what it does stands in lane/, memory/ and placement/.
 #include <pybind11/pybind11.h>
 
 #include "bindings/bindings.h"
@@ -9,7 +9,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Lanes and registered memory (native/); used through genie_dynamo.runtime.lanes.";
+  module.doc() = "Lanes and registered memory (used through genie_dynamo.runtime.lanes), and the search for placements.";
   module.attr("LANE_VERSION") = genie::kLaneVersion;
   py::register_exception<genie::LaneError>(module, "LaneError", PyExc_OSError);
   module.def(
@@ -25,4 +25,5 @@ PYBIND11_MODULE(_native, module) {
   module.attr("landing") = py::capsule(&landing, "genie.LandingWay");   // for _dpdk
   genie::bind_memory(module);
   genie::bind_lanes(module);
+  genie::bind_placement(module);
 }

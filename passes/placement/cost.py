@@ -7,12 +7,15 @@ for at least as long as it computes.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from genie_dynamo.core.errors import ConfigError, PlacementError
 from genie_dynamo.passes.placement.deadline import Deadline
+from genie_dynamo.passes.placement.kernel import Kernels
 from genie_dynamo.passes.placement.latency import FoundSchedule, best_makespan
 from genie_dynamo.passes.placement.problem import Ints, Problem
 from genie_dynamo.passes.placement.throughput import PROVEN
@@ -22,6 +25,8 @@ _S_PER_HOUR = 3600.0
 _MAX_SETS = 512
 _MIN_LOOKS, _MAX_LOOKS = 2, 24
 _LOOK_WORK = 60_000      # nodes and edges x devices that first looks go through in all
+
+_Shortest = Callable[..., FoundSchedule]      # `best_makespan` with a seed and a kernel
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,7 +63,7 @@ def price_per_s(problem: Problem, device_A: Ints) -> float:
 
 
 def best_cost(problem: Problem, deadline: Deadline, *, latency_bound_s: float | None, exact: bool | None,
-              seed: int) -> FoundCost:
+              seed: int, kernels: Kernels | None = None) -> FoundCost:
     """A placement of small cost whose makespan is at most the bound.
 
     Raises: ConfigError where a device has no price; PlacementError where memory leaves no placement, or no makespan
@@ -68,56 +73,57 @@ def best_cost(problem: Problem, deadline: Deadline, *, latency_bound_s: float | 
         if device.price_per_hour is None:
             raise ConfigError(f"min_cost needs price_per_hour of every device; {device.id!r} has none")
     bound_s = np.inf if latency_bound_s is None else latency_bound_s
+    shortest: _Shortest = partial(best_makespan, seed=seed, kernels=kernels)
     sets, complete = _device_sets(problem, deadline)
     sets.sort(key=lambda c: (c.bound, len(c.devices)))
     found: FoundCost | None = None
     path_s = critical_path_s(problem)
     if latency_bound_s is not None:
-        fastest = best_makespan(problem, deadline.part(0.25), exact=exact, seed=seed)
+        fastest = shortest(problem, deadline.part(0.25), exact=exact)
         path_s = max(path_s, fastest.lower_bound)
         found = _priced(problem, fastest, bound_s, None)
         if path_s > bound_s:
             raise _too_slow(fastest, bound_s)
-    found = _first_looks(problem, sets, found, bound_s, deadline, seed)
+    found = _first_looks(problem, sets, found, bound_s, deadline, shortest)
     if exact or not deadline.quick:
-        found = _second_looks(problem, sets, found, bound_s, deadline, exact, seed)
+        found = _second_looks(problem, sets, found, bound_s, deadline, exact, shortest)
     if found is None:
-        raise _too_slow(best_makespan(problem, deadline, exact=False, seed=seed), bound_s)
+        raise _too_slow(shortest(problem, deadline, exact=False), bound_s)
     found.lower_bound = min(found.value, _lower_bound(problem, sets if complete else [], bound_s, path_s))
     return found
 
 
 def _first_looks(problem: Problem, sets: list[_Candidate], found: FoundCost | None, bound_s: float,
-                 deadline: Deadline, seed: int) -> FoundCost | None:
+                 deadline: Deadline, shortest: _Shortest) -> FoundCost | None:
     """Each set that may be better, quickly."""
     looks = max(_MIN_LOOKS, min(_MAX_LOOKS, _LOOK_WORK // (problem.graph_size * problem.num_devices)))
     usable = [c for c in sets if c.least_s <= bound_s]
     for candidate in usable[:looks]:
         if found is not None and (candidate.bound >= found.value * (1 - PROVEN) or deadline.passed()):
             break
-        found = _try_set(problem, candidate, found, bound_s, deadline.part(0.3, quick=True), False, seed)
+        found = _try_set(problem, candidate, found, bound_s, deadline.part(0.3, quick=True), False, shortest)
     return found
 
 
 def _second_looks(problem: Problem, sets: list[_Candidate], found: FoundCost | None, bound_s: float,
-                  deadline: Deadline, exact: bool | None, seed: int) -> FoundCost | None:
+                  deadline: Deadline, exact: bool | None, shortest: _Shortest) -> FoundCost | None:
     """The sets that may still be better, with half of the time left for each in turn."""
     for candidate in sorted(sets, key=lambda c: (c.seen, c.bound)):
         if deadline.passed():
             break
         if candidate.least_s > bound_s or (found is not None and candidate.bound >= found.value * (1 - PROVEN)):
             continue
-        found = _try_set(problem, candidate, found, bound_s, deadline.part(0.5), exact, seed)
+        found = _try_set(problem, candidate, found, bound_s, deadline.part(0.5), exact, shortest)
     return found
 
 
 def _try_set(problem: Problem, candidate: _Candidate, found: FoundCost | None, bound_s: float, deadline: Deadline,
-             exact: bool | None, seed: int) -> FoundCost | None:
+             exact: bool | None, shortest: _Shortest) -> FoundCost | None:
     part = problem.only(candidate.devices)
     if not part.supported() or part.memory_A.sum() > part.capacity_D.sum():
         return found
     try:
-        best = best_makespan(part, deadline, exact=exact, seed=seed)
+        best = shortest(part, deadline, exact=exact)
     except PlacementError:      # whole groups do not fit this set; another one may do
         return found
     candidate.seen = min(candidate.seen, best.schedule.makespan_s * candidate.price)

@@ -9,9 +9,10 @@ import numpy as np
 
 from genie_dynamo.passes.placement import exact_makespan, solver
 from genie_dynamo.passes.placement.deadline import Deadline
+from genie_dynamo.passes.placement.kernel import Kernels, MakespanKernel, makespan_arrays
 from genie_dynamo.passes.placement.list_schedule import earliest_finish
 from genie_dynamo.passes.placement.loads import compute_bound, fits
-from genie_dynamo.passes.placement.makespan_search import HOT, MakespanSearch
+from genie_dynamo.passes.placement.makespan_search import COLD, HOT, MakespanSearch
 from genie_dynamo.passes.placement.packing import single_device
 from genie_dynamo.passes.placement.problem import Ints, Problem
 from genie_dynamo.passes.placement.throughput import PROVEN, first_loads
@@ -21,8 +22,9 @@ _S_PER_SCHEDULE = 6e-6         # per node and edge, about
 _S_PER_CHOICE = 1.5e-6           # a list schedule, per device and node or edge
 _MAX_QUICK_ROUNDS = 9
 _QUICK_ROUND_NODES = 1000
-_QUICK_STEPS = 9_000           # nodes and edges that one quick annealing schedules
-_MIN_QUICK_TRIES, _MAX_QUICK_TRIES = 8, 400
+_QUICK_STEPS = 9_000           # nodes and edges that one quick annealing schedules;
+_QUICK_KERNEL_STEPS = 400_000  # with a native kernel
+_MIN_QUICK_TRIES, _MAX_QUICK_TRIES, _MAX_QUICK_KERNEL_TRIES = 8, 400, 4000
 _FEW_SCHEDULES = 1500          # nodes and edges from which on quick planning has fewer starts
 _ROUND_S = 4.0
 _WIDE = 0.15                   # heat of a search that begins elsewhere than at the best
@@ -47,7 +49,8 @@ class FoundSchedule:
         return self.schedule.makespan_s <= self.lower_bound * (1 + PROVEN)
 
 
-def best_makespan(problem: Problem, deadline: Deadline, *, exact: bool | None, seed: int) -> FoundSchedule:
+def best_makespan(problem: Problem, deadline: Deadline, *, exact: bool | None, seed: int,
+                  kernels: Kernels | None = None) -> FoundSchedule:
     """A placement with a short makespan. Arguments and errors are those of `best_loads`."""
     found, timeline = _first(problem, deadline, seed)
     if deadline.allows(problem.graph_size * 1e-5):
@@ -56,24 +59,28 @@ def best_makespan(problem: Problem, deadline: Deadline, *, exact: bool | None, s
         found.lower_bound = found.schedule.makespan_s
     if found.proven or timeline is None:
         return found
-    tries = min(_MAX_QUICK_TRIES, _QUICK_STEPS // max(1, problem.graph_size))
+    kernel = None if kernels is None else kernels.makespan(makespan_arrays(problem))
+    tries = (min(_MAX_QUICK_TRIES, _QUICK_STEPS // problem.graph_size) if kernel is None else
+             min(_MAX_QUICK_KERNEL_TRIES, max(_MIN_QUICK_TRIES, _QUICK_KERNEL_STEPS // problem.graph_size)))
     rounds = max(1, min(_MAX_QUICK_ROUNDS, _QUICK_ROUND_NODES // len(problem.graph.nodes)))
     others = list(_list_schedules(timeline, _VARIANTS)) if rounds > 1 and tries >= _MIN_QUICK_TRIES else []
     for number in range(rounds):
         if tries >= _MIN_QUICK_TRIES and not found.proven:
             # Where transfers are dear, the best start is often a trap: every other round begins elsewhere, and hotter.
             start_A = others[number // 2 % len(others)] if number % 2 and others else None
-            _anneal(timeline, found, deadline, seed + number, tries, start_A)
+            _anneal(timeline, kernel, found, deadline, seed + number, tries, start_A)
     if deadline.quick and exact is not True:
         return found
     if exact is not True and not found.proven:
-        _anneal(timeline, found, deadline.part(0.25, _ROUND_S), seed + 1)
+        _anneal(timeline, kernel, found, deadline.part(0.25, _ROUND_S), seed + 1)
     if exact is not False and not found.proven and not deadline.passed():
         _solve(timeline, found, deadline if exact else deadline.part(0.7), seed)
     for number in itertools.count(2):
         if exact or found.proven or not deadline.allows(2 * problem.graph_size * _S_PER_SCHEDULE):
             break
-        _anneal(timeline, found, deadline.part(1.0, _ROUND_S), seed + number)
+        # Every other time so hot that it does not matter where the best lies.
+        _anneal(timeline, kernel, found, deadline.part(1.0, _ROUND_S), seed + number,
+                start_A=found.device_A if number % 2 else None)
     return found
 
 
@@ -113,16 +120,23 @@ def _list_schedules(timeline: Timeline, variants: tuple[tuple[float, bool], ...]
             yield device_A
 
 
-def _anneal(timeline: Timeline, found: FoundSchedule, deadline: Deadline, seed: int, tries: int | None = None,
-            start_A: Ints | None = None) -> None:
+def _anneal(timeline: Timeline, kernel: MakespanKernel | None, found: FoundSchedule, deadline: Deadline, seed: int,
+            tries: int | None = None, start_A: Ints | None = None) -> None:
     """Args: start_A: where to begin, widely; None: at the best that was found, nearby."""
     if not deadline.allows(2 * timeline.problem.graph_size * _S_PER_SCHEDULE):
         return
-    search = MakespanSearch(timeline, found.device_A if start_A is None else start_A, seed)
+    begin_A, hot = (found.device_A, HOT) if start_A is None else (start_A, _WIDE)
     # One more schedule must fit before time is up.
     last_s = timeline.problem.graph_size * _S_PER_SCHEDULE
-    search.anneal(tries or 1 << 62, lambda: not deadline.allows(last_s), None if tries else deadline.share_left,
-                  hot=HOT if start_A is None else _WIDE)
+    if kernel is not None:
+        limit_s = max(0.0, deadline.left_s() - last_s)
+        device_A, priority_N, _, _ = kernel.anneal(
+            start_A=begin_A, seed=seed, tries=tries or 1 << 62, limit_s=limit_s, cool_by_time=not tries, hot=hot,
+            cold=COLD)
+        found.take(device_A, timeline.run(timeline.devices_of_nodes(device_A), priority_N.tolist()), "annealing")
+        return
+    search = MakespanSearch(timeline, begin_A, seed)
+    search.anneal(tries or 1 << 62, lambda: not deadline.allows(last_s), None if tries else deadline.share_left, hot)
     found.take(search.best_A, search.best, "annealing")
 
 

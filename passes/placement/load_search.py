@@ -16,12 +16,22 @@ from genie_dynamo.passes.placement.loads import device_loads
 from genie_dynamo.passes.placement.problem import Ints, Problem
 
 _CHECK_EVERY = 32        # moves between looks at the clock
-_HOTTEST, _COOLING = 0.1, 0.005   # first temperature at most, as a share of the largest load; last over first
+_HOTTEST, COOLING = 0.1, 0.005   # first temperature at most, as a share of the largest load; last over first
+WIDE = 0.3               # first temperature of a search for another valley
 _MOVES_OF_HEAT = 2.0     # first temperature in mean atoms: in a large graph one move changes little
 _POWER = 16              # the smooth maximum is the norm of this order
 
 Shares = tuple[tuple[int, float], ...]
 OutOfTime = Callable[[], bool]
+
+
+def first_heat(problem: Problem, device_A: Ints) -> float:
+    """A few mean moves' worth of worsening, as a share of the largest load; 0 where nothing can be gained."""
+    scale = float(device_loads(problem, device_A).max(initial=0.0))
+    if scale <= 0 or problem.num_devices < 2:
+        return 0.0
+    mean = float(problem.seconds_AD.min(axis=1).mean())
+    return min(_HOTTEST, _MOVES_OF_HEAT * mean / scale) or _HOTTEST
 
 
 class LoadSearch:
@@ -149,8 +159,11 @@ class LoadSearch:
             return [(atom, dst), (friend, dst)]
         return [(atom, dst)]
 
-    def anneal(self, moves: int, out_of_time: OutOfTime, fraction_left: Callable[[], float] | None = None) -> bool:
+    def anneal(self, moves: int, out_of_time: OutOfTime, fraction_left: Callable[[], float] | None = None,
+               hot: float = _HOTTEST) -> bool:
         """Cool down over a number of proposals, or over the time left where `fraction_left` is given.
+
+        Args:    hot: worsening that is likely to be taken at first, as a share of the largest load.
 
         Returns: whether the best placement has got better. Nothing is raised when time is up.
         """
@@ -159,14 +172,13 @@ class LoadSearch:
             return False
         entered = self.best_value
         energy = self._energy(self._loads, scale)
-        mean = math.fsum(min(row) for row in self._seconds) / len(self._seconds)
-        hot = heat = min(_HOTTEST, _MOVES_OF_HEAT * mean / scale) or _HOTTEST
+        heat = hot
         for step in range(moves):
             if step % _CHECK_EVERY == 0:
                 if out_of_time():
                     break
                 left = 1 - step / moves if fraction_left is None else fraction_left()
-                heat = hot * _COOLING ** (1 - left)
+                heat = hot * COOLING ** (1 - left)
             energy = self._step(energy, scale, heat)
         # Sums of many changes drift: what is reported is counted anew.
         self.best_value = float(device_loads(self._problem, self.best_A).max())

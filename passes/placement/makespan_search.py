@@ -14,7 +14,7 @@ import numpy as np
 from genie_dynamo.passes.placement.problem import Ints
 from genie_dynamo.passes.placement.timeline import Schedule, Timeline
 
-HOT, _COLD = 0.06, 0.0005
+HOT, COLD = 0.06, 0.0005
 _REORDER = 0.1            # share of steps that change an order and no device
 
 
@@ -51,7 +51,7 @@ class MakespanSearch:
             if out_of_time():
                 return
             left = 1 - step / tries if fraction_left is None else fraction_left()
-            self._step(scale * _COLD * (hot / _COLD) ** max(0.0, left))
+            self._step(scale * COLD * (hot / COLD) ** max(0.0, left))
 
     def _schedule(self) -> Schedule:
         ranks = self._timeline.ranks(self._device_N)

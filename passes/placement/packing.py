@@ -40,15 +40,16 @@ def _pack_once(problem: Problem, order: Ints, attempt: int) -> Ints | None:
     free = problem.capacity_D.copy()
     device_A = np.zeros(problem.num_atoms, dtype=np.int64)
     for atom in order:
-        fits = (free >= problem.memory_A[atom]) & np.isfinite(problem.seconds_AD[atom])
-        if not fits.any():
+        fits = np.flatnonzero((free >= problem.memory_A[atom]) & np.isfinite(problem.seconds_AD[atom]))
+        if not len(fits):
             return None
-        if attempt % 3 == 0:       # the fullest that still has room
-            device = int(np.where(fits, -free, -np.inf).argmax())
+        if attempt % 3 == 0:       # the fullest that still has room; of those without a limit, the fastest
+            at = np.lexsort((problem.seconds_AD[atom, fits], free[fits]))[0]
         elif attempt % 3 == 1:     # the emptiest
-            device = int(np.where(fits, free, -np.inf).argmax())
+            at = free[fits].argmax()
         else:                      # the fastest
-            device = int(np.where(fits, problem.seconds_AD[atom], np.inf).argmin())
+            at = problem.seconds_AD[atom, fits].argmin()
+        device = int(fits[at])
         device_A[atom] = device
         free[device] -= problem.memory_A[atom]
     return device_A

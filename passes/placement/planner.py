@@ -12,6 +12,7 @@ from genie_dynamo.passes.placement import solver
 from genie_dynamo.passes.placement.cost import best_cost
 from genie_dynamo.passes.placement.deadline import Clock, Deadline
 from genie_dynamo.passes.placement.interfaces import Limits, PlacementStrategy
+from genie_dynamo.passes.placement.kernel import Kernels
 from genie_dynamo.passes.placement.latency import best_makespan
 from genie_dynamo.passes.placement.loads import device_loads
 from genie_dynamo.passes.placement.problem import Ints, Problem, build_problem
@@ -25,9 +26,13 @@ _EXACT = {"auto": None, "heuristic": False, "exact": True}
 
 @dataclass(frozen=True, slots=True)
 class Planner(PlacementStrategy):
-    """Heuristics first, annealing and the exact solver as time allows. `clock` counts seconds."""
+    """Heuristics first, annealing and the exact solver as time allows.
+
+    Fields:  clock: counts seconds.  kernels: native inner loops; None: Python's.
+    """
 
     clock: Clock
+    kernels: Kernels | None = None
 
     def place(self, cost_graph: CostGraph, devices: Sequence[Device], policy: Policy, limits: Limits) -> Placement:
         whole = Deadline(self.clock, None)
@@ -42,13 +47,15 @@ class Planner(PlacementStrategy):
             return Placement(device={}, policy=policy, objective_value=0.0, lower_bound=0.0, method="nothing to place",
                              seconds=whole.spent_s())
         if policy == "max_throughput":
-            loads = best_loads(problem, deadline, exact=exact, seed=limits.seed)
+            loads = best_loads(problem, deadline, exact=exact, seed=limits.seed, kernels=self.kernels)
             return _of_loads(problem, loads.device_A, loads.lower_bound, loads.method + missing, whole)
         if policy == "min_latency":
-            fast = best_makespan(problem, deadline, exact=exact, seed=limits.seed)
+            fast = best_makespan(problem, deadline, exact=exact, seed=limits.seed,
+                                 kernels=self.kernels)
             return _of_schedule(problem, policy, fast.device_A, fast.schedule, fast.schedule.makespan_s,
                                 fast.lower_bound, fast.method + missing, whole)
-        cheap = best_cost(problem, deadline, latency_bound_s=limits.latency_bound_s, exact=exact, seed=limits.seed)
+        cheap = best_cost(problem, deadline, latency_bound_s=limits.latency_bound_s, exact=exact, seed=limits.seed,
+                          kernels=self.kernels)
         return _of_schedule(problem, policy, cheap.device_A, cheap.schedule, cheap.value, cheap.lower_bound,
                             cheap.method + missing, whole)
 

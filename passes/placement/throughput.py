@@ -10,7 +10,8 @@ from genie_dynamo.core.errors import PlacementError
 from genie_dynamo.passes.placement import exact_loads, solver
 from genie_dynamo.passes.placement.contiguous import cut_sequence
 from genie_dynamo.passes.placement.deadline import Deadline
-from genie_dynamo.passes.placement.load_search import LoadSearch
+from genie_dynamo.passes.placement.kernel import Kernels, load_arrays
+from genie_dynamo.passes.placement.load_search import COOLING, WIDE, LoadSearch, first_heat
 from genie_dynamo.passes.placement.loads import compute_bound, device_loads, fits, forced_together
 from genie_dynamo.passes.placement.orders import sequences
 from genie_dynamo.passes.placement.packing import pack, single_device
@@ -22,6 +23,10 @@ _QUICK_ROUND_ATOMS = 1000      # of a larger one, so many that they anneal about
 _QUICK_MOVES = 2000
 _QUICK_MOVES_PER_ATOM = 2
 _MAX_QUICK_MOVES = 60_000
+_QUICK_KERNEL_MOVES = 40_000   # the same with a native kernel
+_QUICK_KERNEL_MOVES_PER_ATOM = 30
+_SMALL_ATOMS = 400             # graphs that also get wide annealings
+_WIDE_ROUNDS, _WIDE_MOVES = 5, 50_000
 _BLOCKS = 256
 _S_PER_NODE_ORDER = 3e-6       # about what one more sequence takes, per node and edge
 _ROUND_S = 4.0                 # one annealing from hot to cold
@@ -48,7 +53,8 @@ class Found:
         return self.value <= self.lower_bound * (1 + PROVEN)
 
 
-def best_loads(problem: Problem, deadline: Deadline, *, exact: bool | None, seed: int) -> Found:
+def best_loads(problem: Problem, deadline: Deadline, *, exact: bool | None, seed: int,
+               kernels: Kernels | None = None) -> Found:
     """A placement with a small largest load.
 
     Args:    exact: True: until proven or out of time; False: never the solver; None: where there is time for it.
@@ -59,23 +65,38 @@ def best_loads(problem: Problem, deadline: Deadline, *, exact: bool | None, seed
     if found.proven or problem.num_devices == 1:
         found.lower_bound = max(found.lower_bound, found.value if problem.num_devices == 1 else 0.0)
         return found
-    for number in range(max(1, min(_MAX_QUICK_ROUNDS, _QUICK_ROUND_ATOMS // problem.num_atoms))):
-        if not found.proven:
-            moves = min(_MAX_QUICK_MOVES, max(_QUICK_MOVES, _QUICK_MOVES_PER_ATOM * problem.num_atoms))
-            # Every other time from one of the starts, which may lie in another valley than the best.
-            other = found.starts[number // 2 % len(found.starts)] if number % 2 else None
-            _anneal(problem, found, deadline, seed + number, moves=moves, start_A=other)
+    _anneal_quickly(problem, kernels, found, deadline, seed)
     if deadline.quick and exact is not True:
         return found
     if exact is not True and not found.proven:
-        _anneal(problem, found, deadline.part(0.25, _ROUND_S), seed + 1)
+        _anneal(problem, kernels, found, deadline.part(0.25, _ROUND_S), seed + 1)
     if exact is not False and not found.proven and not deadline.passed():
         _solve(problem, found, deadline if exact else deadline.part(0.6), seed)
     for number in itertools.count(2):
         if exact or found.proven or deadline.passed():
             break
-        _anneal(problem, found, deadline.part(1.0, _ROUND_S), seed + number)
+        # Every other time so hot that it does not matter where the best lies.
+        _anneal(problem, kernels, found, deadline.part(1.0, _ROUND_S), seed + number, hot=None if number % 2 else WIDE)
     return found
+
+
+def _anneal_quickly(problem: Problem, kernels: Kernels | None, found: Found, deadline: Deadline, seed: int) -> None:
+    """A fixed amount of work."""
+    if kernels is not None:
+        moves = max(_QUICK_KERNEL_MOVES, _QUICK_KERNEL_MOVES_PER_ATOM * problem.num_atoms)
+        for number in range(_WIDE_ROUNDS if problem.num_atoms <= _SMALL_ATOMS else 0):
+            if not found.proven:
+                _anneal(problem, kernels, found, deadline, seed + number, moves=_WIDE_MOVES,
+                        hot=WIDE if number % 2 else WIDE / 3, start_A=found.starts[number % len(found.starts)])
+        if not found.proven:
+            _anneal(problem, kernels, found, deadline, seed, moves=moves)
+        return
+    moves = min(_MAX_QUICK_MOVES, max(_QUICK_MOVES, _QUICK_MOVES_PER_ATOM * problem.num_atoms))
+    for number in range(max(1, min(_MAX_QUICK_ROUNDS, _QUICK_ROUND_ATOMS // problem.num_atoms))):
+        if not found.proven:
+            # Every other time from one of the starts, which may lie in another valley than the best.
+            other = found.starts[number // 2 % len(found.starts)] if number % 2 else None
+            _anneal(problem, None, found, deadline, seed + number, moves=moves, start_A=other)
 
 
 def first_loads(problem: Problem, deadline: Deadline, seed: int) -> Found:
@@ -122,9 +143,13 @@ def memory_numbers(problem: Problem) -> str:
             + ", ".join(f"{d.id} {c:.0f}" for d, c in zip(problem.devices[:8], problem.capacity_D, strict=False)))
 
 
-def _anneal(problem: Problem, found: Found, deadline: Deadline, seed: int, moves: int | None = None,
-            start_A: Ints | None = None) -> None:
-    """Anneal from the best so far, with atoms that belong together as one."""
+def _anneal(problem: Problem, kernels: Kernels | None, found: Found, deadline: Deadline, seed: int,
+            moves: int | None = None, start_A: Ints | None = None, hot: float | None = None) -> None:
+    """Anneal with atoms that belong together as one.
+
+    Args: moves: None: for as long as there is time.  start_A: None: from the best so far.
+          hot: worsening that is likely to be taken at first, as a share of the largest load; None: a few moves' worth.
+    """
     if not deadline.allows(problem.graph_size * 8e-6):
         return
     labels = forced_together(problem, found.value)
@@ -135,9 +160,18 @@ def _anneal(problem: Problem, found: Found, deadline: Deadline, seed: int, moves
     chosen_A[labels] = found.device_A if start_A is None else start_A
     if not fits(smaller, chosen_A):      # a start may separate what belongs together
         return
-    search = LoadSearch(smaller, chosen_A, seed)
-    search.anneal(moves or 1 << 62, deadline.passed, None if moves else deadline.share_left)
-    found.take(search.best_A[labels], float(device_loads(problem, search.best_A[labels]).max()), "annealing")
+    hot = first_heat(smaller, chosen_A) if hot is None else hot
+    if hot <= 0 or found.value <= 0:
+        return
+    if kernels is None:
+        search = LoadSearch(smaller, chosen_A, seed)
+        search.anneal(moves or 1 << 62, deadline.passed, None if moves else deadline.share_left, hot)
+        best_A = search.best_A
+    else:
+        best_A, _, _ = kernels.loads(load_arrays(smaller)).anneal(
+            start_A=chosen_A, seed=seed, tries=moves or 1 << 62, limit_s=max(0.0, deadline.left_s()),
+            cool_by_time=not moves, hot=hot, cold=hot * COOLING)
+    found.take(best_A[labels], float(device_loads(problem, best_A[labels]).max()), "annealing")
 
 
 def _solve(problem: Problem, found: Found, deadline: Deadline, seed: int) -> None:

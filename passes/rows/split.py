@@ -66,9 +66,20 @@ def split_batch(gm: fx.GraphModule, facts: GraphFacts, num_parts: int,
     separate_losses(work)
     if inputs is not None:
         return _Builder(work, find_flow(work, inputs, num_parts)).build()
+    try:
+        guesses = list(batched_inputs(work, facts.static_inputs, num_parts))
+    except NotPipelined:
+        # Of a batch in one part every size will do: where that is refused too, another size would not help.
+        _best_flow(work, list(batched_inputs(work, facts.static_inputs, 1)), 1)
+        raise
+    return _Builder(work, _best_flow(work, guesses, num_parts)).build()
+
+
+def _best_flow(work: fx.GraphModule, guesses: Sequence[Mapping[str, int]], num_parts: int) -> Flow:
+    """Raises: NotPipelined, with the reason against the first guess, where none holds."""
     best: Flow | None = None
     first: NotPipelined | None = None
-    for guess in batched_inputs(work, facts.static_inputs, num_parts):
+    for guess in guesses:
         try:
             flow = find_flow(work, guess, num_parts)
         except NotPipelined as reason:
@@ -79,7 +90,7 @@ def split_batch(gm: fx.GraphModule, facts: GraphFacts, num_parts: int,
     if best is None:
         assert first is not None
         raise first
-    return _Builder(work, best).build()
+    return best
 
 
 def _copied(gm: fx.GraphModule) -> fx.Graph:

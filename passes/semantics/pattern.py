@@ -72,6 +72,12 @@ class Pattern:
     origin: str = "registered"     # "built-in", "registered", or the entry point's distribution
 
     def __post_init__(self) -> None:
+        for field_name in ("anchors", "kinds"):
+            names = getattr(self, field_name)
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise ConfigError(f"pattern {self.name!r}: {field_name} is a tuple of names, got {names!r:.80}"
+                                  + (f"; write {field_name}=({names!r},)" if isinstance(names, str) else ""))
+            object.__setattr__(self, field_name, tuple(names))
         if not self.name or not self.anchors or not self.kinds:
             raise ConfigError(f"pattern {self.name!r} needs a name, anchors and kinds; got anchors={self.anchors}, "
                               f"kinds={self.kinds}")

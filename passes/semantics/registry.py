@@ -40,10 +40,21 @@ class Registry:
         self._broken: dict[str, str] = {}
         self._loaded = False
 
-    def register(self, pattern: Pattern) -> Pattern:
-        """Add a pattern, or put it in the place of the one with its name."""
+    def register(self, pattern: Pattern, *, replace: bool = False) -> Pattern:
+        """Add a pattern. It takes the place of one of its name that has another version or is disabled.
+
+        Args:   replace: of any one of its name.
+
+        Raises: ConfigError where another pattern has its name and version.
+        """
         with self._lock:
             self._load()
+            other = self._patterns.get(pattern.name)
+            if (other is not None and other.version == pattern.version and not _same(pattern, other)
+                    and not replace and pattern.name not in self._disabled):
+                raise ConfigError(
+                    f"another pattern {pattern.name!r}, version {pattern.version}, is there already ({other.origin}); "
+                    "give yours another name or version, or register it with replace=True")
             self._registered[pattern.name] = self._patterns[pattern.name] = pattern
             self._disabled.pop(pattern.name, None)
         return pattern
@@ -121,6 +132,10 @@ class Registry:
         self._patterns |= {p.name: replace(p, origin=origin) for p in patterns}
 
 
+def _same(one: Pattern, other: Pattern) -> bool:
+    return replace(one, origin="") == replace(other, origin="")
+
+
 def _built_in() -> tuple[Pattern, ...]:
     from genie_dynamo.passes.semantics.patterns import BUILT_IN
 
@@ -130,25 +145,26 @@ def _built_in() -> tuple[Pattern, ...]:
 REGISTRY = Registry(_built_in)
 
 
-def register_pattern(pattern: Pattern | None = None, *, name: str = "", anchors: Iterable[str] = (),
-                     kinds: Iterable[str] = (), version: str = "1", priority: int = 50,
-                     annotations: dict[str, Any] | None = None) -> Any:
+def register_pattern(pattern: Pattern | None = None, *, name: str = "", anchors: tuple[str, ...] = (),
+                     kinds: tuple[str, ...] = (), version: str = "1", priority: int = 50,
+                     annotations: dict[str, Any] | None = None, replace: bool = False) -> Any:
     """Register a pattern, or decorate a matcher to become one.
 
     Args:    pattern: a finished one; or leave it out and give the fields of `Pattern` to decorate a matcher.
+             replace: take the place of another pattern with this name and version, as a cell that is run again does.
     Returns: the pattern; as a decorator, the matcher.
-    Raises:  ConfigError for fields that are missing or wrong.
+    Raises:  ConfigError for fields that are missing or wrong, and for a name and version that another pattern has.
     """
     if pattern is not None:
         if not isinstance(pattern, Pattern):
             raise ConfigError(f"register_pattern takes a Pattern or keywords, got {pattern!r:.80}; a decorator is "
                               "called: @register_pattern(name=..., anchors=..., kinds=...)")
-        return REGISTRY.register(pattern)
+        return REGISTRY.register(pattern, replace=replace)
 
     def decorate(matcher: Matcher) -> Matcher:
         REGISTRY.register(Pattern(
-            name=name or getattr(matcher, "__name__", ""), matcher=matcher, anchors=tuple(anchors),
-            kinds=tuple(kinds), version=version, priority=priority, annotations=annotations or {}))
+            name=name or getattr(matcher, "__name__", ""), matcher=matcher, anchors=anchors, kinds=kinds,
+            version=version, priority=priority, annotations=annotations or {}), replace=replace)
         return matcher
 
     return decorate

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import zmq
 
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import GenieError, ProtocolError, StaleHandleError, WorkerLostError
@@ -166,6 +167,15 @@ class Underway:
         session.telemetry.call((Share(link.name, bound.num_fragments, result.compute_s, self._sent, received),),
                                dispatch_s=self._dispatch_s, wait_s=answered_s - waiting_s, queue_s=result.queue_s)
         return Answer(values, result.kept)
+
+    def has_answer(self) -> bool:
+        """Whether something of the answer is there to be read."""
+        handle = self._connection.wait_handle()
+        if handle is None:
+            return True
+        poller = zmq.Poller()
+        poller.register(handle, zmq.POLLIN)
+        return bool(poller.poll(0))
 
     def abandon(self) -> None:
         """Wait for no answer."""

@@ -16,7 +16,7 @@ import torch
 import zmq
 
 from genie_dynamo.core import messages as m
-from genie_dynamo.core.config import Config
+from genie_dynamo.core.config import HOUSEKEEPING_S, Config
 from genie_dynamo.core.errors import GenieError, SessionClosedError, WorkerError, WorkerLostError
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
 from genie_dynamo.core.program import WorkerProgram
@@ -35,7 +35,6 @@ from genie_dynamo.runtime.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
-HOUSEKEEPING_S = 1.0
 CLOSE_TIMEOUT_S = 2.0
 
 

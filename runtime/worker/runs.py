@@ -66,6 +66,14 @@ class Runs:
 
     def run(self, session: SessionRecord, event: Received) -> list[Command]:
         message: m.Run = event.message  # type: ignore[assignment]
+        try:
+            return self._run(session, event, message)
+        except Exception as error:
+            # What names its results may have been sent before this, or be waiting: it would wait for ever.
+            return [Reply(event.connection, failure(message.request, error)),
+                    *self._fail_followers(session, message, error)]
+
+    def _run(self, session: SessionRecord, event: Received, message: m.Run) -> list[Command]:
         for key in message.frees:
             self.residents.discard(session, key)
         entry = session.programs.get(message.program_id)
@@ -239,14 +247,15 @@ class Runs:
                 for key, _ in stays:
                     self.residents.discard(session, key)
                 run.abandoned = True
-                return [Reply(run.connection, failure(message.request, error)), *self._fail_followers(run, error)]
+                return [Reply(run.connection, failure(message.request, error)),
+                        *self._fail_followers(session, message, error)]
         ready = [command for key, value in stays for command in self.residents.arrived(session, key, value)]
         return [self._result(run, event), *ready]
 
-    def _fail_followers(self, run: RunRecord, error: BaseException) -> list[Command]:
+    def _fail_followers(self, session: SessionRecord, message: m.Run, error: BaseException) -> list[Command]:
         """Runs that were sent before this one had ended may wait for what it was to keep: they fail with it."""
-        handles = [*run.message.keeps, *(key for key in run.message.state if key[1])]
-        return [command for key in handles for command in self.residents.broke(run.session, key, error)]
+        handles = [*message.keeps, *(key for key in message.state if key[1])]
+        return [command for key in handles for command in self.residents.broke(session, key, error)]
 
     @staticmethod
     def _remembered(run: RunRecord) -> frozenset[tuple[int, int]]:
@@ -276,7 +285,7 @@ class Runs:
         run = event.run
         run.abandoned = True
         return [Reply(run.connection, failure(run.message.request, event.error)),
-                *self._fail_followers(run, event.error)]
+                *self._fail_followers(run.session, run.message, event.error)]
 
     def _forget(self, run: RunRecord) -> None:
         runs = run.session.runs.get(run.message.call_id)

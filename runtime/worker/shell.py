@@ -48,7 +48,7 @@ from genie_dynamo.runtime.worker.streams import Streams
 
 log = logging.getLogger(__name__)
 
-SLICE_S = 0.010
+SLICE_S = 0.003
 """A run gives way to waiting messages after this long."""
 TICK_S = 1.0
 WAKE_IDENTITY = b"genie-wake"

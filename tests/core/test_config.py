@@ -130,6 +130,8 @@ def test_workers_and_cluster_exclude_each_other(monkeypatch: pytest.MonkeyPatch)
 def test_heartbeats_leave_room_for_one_that_is_lost() -> None:
     with pytest.raises(ConfigError, match="at least twice the interval"):
         Config.build(heartbeat_interval_s=4, heartbeat_timeout_s=5)
+    with pytest.raises(ConfigError, match=r"session_lease_s=0\.5 ends between two signs of life.*at least 3"):
+        Config.build(session_lease_s=0.5)
 
 
 def test_compile_options_are_a_subset() -> None:

@@ -55,6 +55,40 @@ def test_a_known_loop_is_computed_while_it_is_recorded(under_way: Any) -> None:
     assert after["programs"] == made["programs"]
 
 
+def _slow(x: torch.Tensor) -> torch.Tensor:
+    """More work than the worker does between two messages."""
+    for _ in range(60):
+        x = (x @ x).tanh()
+    return x
+
+
+def test_a_read_waits_for_what_it_needs_only(session: object) -> None:
+    square = torch.full((600, 600), 1e-3, device=DEVICE)
+    other = torch.full((4, 4), 0.5, device=DEVICE)
+    torch.remote_accelerator.synchronize()
+    y = _slow(square)
+    assert (other + 1).sum().item() == 24
+    assert len(current._underway) == 1                    # the products are handed over, and go on
+    z = y.sum()
+    assert (other + 2).sum().item() == 40
+    assert z.item() == pytest.approx(_slow(torch.full((600, 600), 1e-3)).sum().item(), rel=1e-4)
+    assert not current._underway
+
+
+def test_little_that_a_read_does_not_need_waits_for_the_next_piece(session: object) -> None:
+    here = torch.rand(4, 4)
+    there = here.to(DEVICE)
+    torch.remote_accelerator.synchronize()
+    before = torch.remote_accelerator.stats()
+    shared = there * 2
+    rest = shared - 1
+    assert (shared + 1).sum().item() == pytest.approx((here * 2 + 1).sum().item())
+    assert torch.remote_accelerator.stats()["runs"] == before["runs"] + 1
+    torch.testing.assert_close(rest.cpu(), here * 2 - 1)
+    torch.testing.assert_close(shared.cpu(), here * 2)
+    torch.remote_accelerator.synchronize()
+
+
 @pytest.mark.parametrize("at", [10, 140])
 def test_an_error_under_way_comes_with_the_read_and_takes_down_what_hangs_on_it(under_way: Any, at: int) -> None:
     there = torch.full((4, 4), 0.5, device=DEVICE)

@@ -216,6 +216,32 @@ def test_sparse_tensors_are_refused_with_the_way_out(session: object) -> None:
             refused()
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:.*nested tensors:UserWarning")
+def test_quantized_and_nested_tensors_are_refused_with_the_way_out(session: object) -> None:
+    there = torch.ones(3, device=DEVICE)
+    for quantized in (lambda: torch.quantize_per_tensor(there, 0.1, 0, torch.qint8),
+                      lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8).to(DEVICE),
+                      lambda: torch.empty(3, dtype=torch.quint8, device=DEVICE)):
+        with pytest.raises(NotImplementedError, match=r"int_repr|dequantize"):
+            quantized()
+    with pytest.raises(NotImplementedError, match=r"layout=torch\.jagged"):
+        torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(3, 3)]).to(DEVICE)
+    with pytest.raises(NotImplementedError, match=r"layout=torch\.jagged"):
+        torch.nested.as_nested_tensor([there, there]) * 2
+    ragged = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(3, 3)], layout=torch.jagged).to(DEVICE)
+    assert (ragged * 2).values().sum().item() == 30
+
+
+def test_a_stream_orders_nothing_and_the_device_can_be_waited_for(session: object) -> None:
+    stream = torch.Stream(device=DEVICE)
+    x = torch.ones(3, device=DEVICE) + 1
+    runs = torch.remote_accelerator.stats()["runs"]
+    stream.synchronize()
+    assert torch.remote_accelerator.stats()["runs"] == runs
+    torch.remote_accelerator.synchronize()
+    assert torch.remote_accelerator.stats()["runs"] == runs + 1 and x.tolist() == [2, 2, 2]
+
+
 def test_deepcopy_keeps_what_is_shared(session: object) -> None:
     base = torch.arange(6.0, device=DEVICE)
     pair = {"base": base, "row": base[2:4]}

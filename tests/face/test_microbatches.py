@@ -15,6 +15,7 @@ from genie_dynamo import backend, by_size, parts, placed, sessions, worker_facts
 from genie_dynamo.core.errors import ConfigError, UnsupportedGraphError
 from tests.face.test_placed import known
 from tests.models import architectures
+from tests.models.staged import Decoder, convolutions
 
 
 @pytest.fixture(autouse=True)
@@ -28,42 +29,12 @@ def two_workers(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Iterator
     sessions._config = None
 
 
-class Decoder(nn.Module):
-    """Layers of causal attention and a feed-forward net."""
-
-    def __init__(self, layers: int = 4, width: int = 128) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(97, width)
-        self.layers = nn.ModuleList(nn.ModuleDict({
-            "norm": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "out": nn.Linear(width, width),
-            "mlp": nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(),
-                                 nn.Linear(4 * width, width))}) for _ in range(layers))
-        self.head = nn.Linear(width, 97)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        h = self.embedding(ids)
-        for layer in self.layers:
-            rows, length, width = h.shape
-            q, k, v = layer["qkv"](layer["norm"](h)).view(rows, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
-            mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            h = h + layer["out"](mixed.transpose(1, 2).reshape(rows, length, width))
-            h = h + layer["mlp"](h)
-        out: torch.Tensor = self.head(h)
-        return out
-
-
-def vision() -> nn.Sequential:
-    return nn.Sequential(*[layer for k in range(4) for layer in (
-        nn.Conv2d(3 if k == 0 else 24, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU())],
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
-
-
 def calls() -> dict[str, int]:
     return {name: row["calls"] for name, row in genie.get_stats()["workers"].items()}
 
 
 @pytest.mark.parametrize("model, x", [
-    (Decoder(), torch.arange(16 * 64).view(16, 64) % 97), (vision(), torch.randn(16, 3, 64, 64))],
+    (Decoder(), torch.arange(16 * 64).view(16, 64) % 97), (convolutions(), torch.randn(16, 3, 64, 64))],
     ids=["decoder", "vision"])
 def test_a_batch_goes_through_two_workers_in_parts(model: nn.Module, x: torch.Tensor) -> None:
     compiled = torch.compile(model.eval(), backend="genie", options={"microbatches": 4})
@@ -149,8 +120,17 @@ def test_a_symbolic_batch_beyond_the_sizes_that_have_a_plan_runs_whole(monkeypat
     assert any("have a plan already" in event for event in genie.get_stats()["events"])
 
 
+def test_a_size_is_not_blamed_for_what_no_size_would_mend() -> None:
+    model = convolutions(layers=2).train()
+    compiled = torch.compile(model, backend="genie", dynamic=True, options={"microbatches": 4, "strict": False})
+    for rows in (10, 8):
+        compiled(torch.randn(rows, 3, 16, 16)).sum().backward()
+    refused = [event for event in genie.get_stats()["events"] if "microbatches not used" in event]
+    assert refused and all("BatchNorm in training" in event for event in refused), refused
+
+
 def test_what_cannot_be_cut_is_refused_in_strict_mode_and_said_otherwise(caplog: pytest.LogCaptureFixture) -> None:
-    model, x = vision().train(), torch.randn(8, 3, 16, 16)
+    model, x = convolutions().train(), torch.randn(8, 3, 16, 16)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as refused:
         torch.compile(model, backend="genie", options={"microbatches": 4})(x)
     assert isinstance(refused.value.inner_exception, UnsupportedGraphError)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 NATIVE = Path(__file__).resolve().parents[2] / "native"
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(600)]      # a cold build beside another test process
 
 
 def tool(name: str) -> str:
@@ -23,7 +23,7 @@ def tool(name: str) -> str:
 
 
 def run(*command: str) -> None:
-    done = subprocess.run(command, cwd=NATIVE, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=NATIVE, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
 
 

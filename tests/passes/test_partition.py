@@ -87,6 +87,8 @@ def test_a_chain_stays_whole_and_says_why() -> None:
     assert len(found.workers) == 1 and set(found.assign.values()) == {0}
     assert sum(a.chosen for a in found.alternatives) == 1
     assert found.placement is None and not found.pinned
+    (cut,) = [a for a in found.alternatives if a.name.startswith(("a cut", "cut"))]
+    assert cut.name.startswith("a cut") and "none was found that is better than all of it on w" in cut.reason
 
 
 def test_a_slow_lane_keeps_the_towers_together(towers: Any) -> None:

@@ -230,6 +230,16 @@ def test_an_announced_put_with_a_wrong_digest_fails_the_run_that_waits(worker: W
     assert failure_of(worker.run((m.RESIDENT, 4, 1))).kind == "ProtocolError"
 
 
+def test_what_waits_for_a_run_that_is_refused_fails_with_it(worker: Worker) -> None:
+    worker.load(keeps=(1,), returns=())
+    waiting = run_of(worker.run((m.RESIDENT, 30, 0), incoming=((30, 0),)))
+    commands = worker.run((m.RESIDENT, 99, 1), keeps=((30, 0),))
+    told = [c.message for c in commands if isinstance(c, Reply)]
+    assert [type(message) for message in told] == [m.Failure, m.Failure]
+    assert [c.run for c in commands if isinstance(c, Abandon)] == [waiting]
+    assert failure_of(worker.run((m.RESIDENT, 30, 0), incoming=((30, 0),))).kind == "StaleHandleError"
+
+
 def test_content_is_adopted_by_digest_across_sessions(worker: Worker) -> None:
     digest = hashlib.sha256(b"weights").digest()
     worker.send(m.Put(4, 1, (b"weights",), digest))

@@ -186,6 +186,10 @@ def test_a_batch_that_is_not_divisible_is_refused_with_the_numbers(fresh_dynamo:
     assert refusal(nn.Linear(16, 16), x(6, 16)).startswith("a batch of 6 rows cannot be cut into 4 equal parts")
 
 
+def test_a_size_is_not_blamed_for_what_no_size_would_mend(fresh_dynamo: None) -> None:
+    assert "BatchNorm in training" in refusal(conv_net().train(), x(6, 3, 9, 9))
+
+
 def test_nothing_to_gain_is_no_refusal(fresh_dynamo: None) -> None:
     with pytest.raises(NotPipelined) as found:
         split_batch(*capture_graph(nn.ReLU(), x()), 4)

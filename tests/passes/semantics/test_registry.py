@@ -70,6 +70,28 @@ def test_registered_and_taken_out(registry: Registry) -> None:
         registry.unregister("swish")
 
 
+def test_a_name_and_version_that_another_pattern_has_is_refused(registry: Registry) -> None:
+    first = registry.register(pattern())
+    assert registry.register(pattern()) == first, "the same one again is no other"
+
+    def other(view: GraphView, node: ViewNode) -> Match | NoMatch:
+        return NoMatch("never")
+
+    with pytest.raises(ConfigError, match=r"another pattern 'swish', version 1, .* \(registered\).*replace"):
+        registry.register(pattern(other))
+    assert kinds(registry) == ["swish"], "the first one stays"
+    registry.register(pattern(other), replace=True)
+    assert kinds(registry) == []
+    registry.register(pattern(version="2"))
+    assert kinds(registry) == ["swish"]
+
+
+def test_a_built_in_pattern_is_not_replaced_unawares() -> None:
+    registry = Registry(lambda: (pattern(),), group="genie_no_such_group")
+    with pytest.raises(ConfigError, match="built-in"):
+        registry.register(pattern(raises))
+
+
 def test_one_that_raises_is_disabled_and_said_once(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
     registry.register(pattern(raises))
     with caplog.at_level(logging.WARNING):
@@ -172,6 +194,10 @@ def test_the_decorator_and_its_errors(global_registry: Registry) -> None:
         register_pattern(swish)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="needs a name, anchors and kinds"):
         register_pattern(name="nothing")(swish)
+    with pytest.raises(ConfigError, match=r"anchors is a tuple of names, got 'sigmoid'; write anchors=\('sigmoid',\)"):
+        register_pattern(name="text", anchors="sigmoid", kinds=("swish",))(swish)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="kinds is a tuple of names, got 'swish'"):
+        pattern(kinds="swish")
     with pytest.raises(ConfigError, match="expected 0 < c <= 1"):
         Match(kind="x", core=small_view().nodes, confidence=1.5, reason="")
 
