@@ -1,5 +1,6 @@
 #include "dpdk/eal.h"
 
+#include <pthread.h>
 #include <rte_alarm.h>
 #include <rte_eal.h>
 #include <rte_errno.h>
@@ -220,12 +221,20 @@ bool in_interrupt_thread(void (*work)(void*), void* argument) noexcept {
   return true;
 }
 
+// EAL's cleanup unmaps its memory and leaves this thread, which looks there once more whenever a port that was closed has
+// changed what it waits for. It waits in epoll_wait and read, where it holds nothing and can be ended.
+static void end_interrupt_thread() noexcept {
+  pthread_t thread{};
+  if (in_interrupt_thread([](void* mine) { *static_cast<pthread_t*>(mine) = pthread_self(); }, &thread) &&
+      pthread_cancel(thread) == 0) {
+    pthread_join(thread, nullptr);
+  }
+}
+
 void stop_eal() noexcept {
   const std::lock_guard lock(mutex);
   if (stage != Stage::kRunning || owner != getpid()) return;
-  // The interrupt thread outlives EAL's memory, and the ports that were just closed have left it work there: what the
-  // second of two rounds finds has been done after that.
-  for (int round = 0; round < 2; ++round) static_cast<void>(in_interrupt_thread([](void*) {}, nullptr));
+  end_interrupt_thread();
   rte_eal_cleanup();
   stage = Stage::kStopped;
   std::error_code ignored;
