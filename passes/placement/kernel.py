@@ -1,7 +1,7 @@
 """The inner loops of the searches, where somebody has faster ones than Python's.
 
 Passes do not import the native extension: the face gives them its classes (`genie_dynamo.placing`), and without these
-`MakespanSearch` and `LoadSearch` do the same, some fifty times slower.
+`MakespanSearch` and `LoadSearch` do the same, slower.
 """
 from __future__ import annotations
 
