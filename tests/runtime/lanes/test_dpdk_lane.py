@@ -121,7 +121,7 @@ def test_who_is_killed_in_the_middle_leaves_no_files_and_no_sockets_behind(peer:
 @pytest.mark.parametrize("peer", ["memif"], indirect=True)
 @pytest.mark.parametrize("after_s", [0.01, 0.03, 0.08])
 def test_a_peer_that_is_killed_while_frames_move_both_ways_is_lost_at_once(peer: Peer, after_s: float) -> None:
-    """memif's driver would unmap its rings under our burst, if it heard of the death. We hear of it without a timeout."""
+    """memif's driver would unmap its rings under our burst, if it heard of the death. We hear of it at once."""
     chunk = payload(4_000_000, 1).numpy()
     killed_s = 0.0
 
