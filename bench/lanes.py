@@ -1,7 +1,7 @@
 """Lanes alone, between two processes: payload against memcpy and a bare C socket, 1 KB there and back against ZeroMQ.
 
 "shm" copies the payload into shared pages once and the receiver reads it there; "shm, both copy" has the receiver copy
-it out as well; "shm, in place" sends memory that was the lane's from the start, so it is what each payload costs whatever
+it out as well; "shm, in place" sends memory that was the lane's from the start: what each payload costs whatever
 its size: waking the other end, and its answer. CPU seconds are those of both ends.
 """
 from __future__ import annotations
