@@ -1,4 +1,4 @@
-"""A process that owns a dpdk port for another one: `python -m bench.sidecar PORT ADDRESS FOLDER`; it ends when its stdin does.
+"""A process that owns a dpdk port for another: `python -m bench.sidecar PORT ADDRESS FOLDER`; it ends with its stdin.
 
 It prints where it listens for its owner, over shm, and hands every message on, both ways, as it came. What a sidecar
 costs is measured with it (docs/adr/008-dpdk-lives-in-the-worker.md): two wake-ups and one copy more each way, and this
