@@ -369,8 +369,10 @@ def test_bytes_that_cannot_be_close_the_lane(tcp: HostileTcp, make: Callable[[Ho
             tcp.channel.receive(0.5)
 
 
-def test_a_byte_that_changes_on_the_way_is_found(lanes: Any) -> None:
-    """A relay between two honest ends that flips one bit of the payload."""
+@pytest.mark.parametrize("parts", [[b"y" * 50_000], [b"put tensor 7, epoch yyyy", b"x" * 50_000]],
+                         ids=["payload", "handle"])
+def test_a_byte_that_changes_on_the_way_is_found(lanes: Any, parts: list[bytes]) -> None:
+    """A relay between two honest ends that flips one bit: of the payload, or of the handle and epoch it is for."""
     listener = lanes.listen("tcp", "127.0.0.1:0")
     relay = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=_flip, args=(relay, listener.address), daemon=True)
@@ -381,7 +383,7 @@ def test_a_byte_that_changes_on_the_way_is_found(lanes: Any) -> None:
     opening.start()
     channel = accept(listener)
     opening.join()
-    transfer = connected[0].send([b"y" * 50_000], digest=True, watch=True)
+    transfer = connected[0].send(parts, digest=True, watch=True)
     with pytest.raises(OSError, match="CORRUPT"):
         channel.receive(5.0)
     assert connected[0].wait_ended(transfer, 5.0) == "PEER_LOST"
