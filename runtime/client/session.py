@@ -20,7 +20,7 @@ from genie_dynamo.core.config import HOUSEKEEPING_S, Config
 from genie_dynamo.core.errors import GenieError, SessionClosedError, WorkerError, WorkerLostError
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
 from genie_dynamo.core.program import WorkerProgram
-from genie_dynamo.runtime.client import stale
+from genie_dynamo.runtime.client import stale, swapping
 from genie_dynamo.runtime.client.connection import STREAM_GRACE_S, beside, to_error
 from genie_dynamo.runtime.client.measuring import hardware_of, links_among, node_seconds_of
 from genie_dynamo.runtime.client.residency import Residency
@@ -64,6 +64,7 @@ class Session:
         self.prices = {worker.name: worker.price_per_hour for worker in remote if worker.price_per_hour is not None}
         self.links: list[WorkerLink] = []
         dpdk.use_port(config.dpdk_port)
+        swapping.patch_torch()
         self._retired: list[WorkerLink] = []     # replaced, but activations of open graphs are still there
         try:
             if remote:
