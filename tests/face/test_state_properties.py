@@ -123,6 +123,8 @@ class World:
             cache.set_(draws.normal(*cache.shape))      # type: ignore[call-overload]
         elif kind == "resize":
             cache.resize_(max(ROWS, cache.shape[0] - 2), WIDTH)
+        elif kind == "swap data" and held[name].is_inference() != held[other].is_inference():
+            pass                              # what such a tensor is afterwards torch itself does not know
         elif kind == "swap data":
             held[name].data, held[other].data = held[other].data, held[name].data
         elif kind == "swap":
