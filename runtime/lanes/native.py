@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from genie_dynamo.core.stencil import Form
+
 _module: Any = None
 _why_not = ""
 try:
@@ -36,6 +38,11 @@ def why_not() -> str:
 def lane_version() -> int:
     """What this side's native lanes speak; 0 where there are none."""
     return int(_module.LANE_VERSION) if _module is not None else 0
+
+
+def stencil(form: Form) -> Any:
+    """The extension's view of what is remembered of a message."""
+    return _module.Stencil(form.data, list(form.holes))
 
 
 def to_tensor(memory: Any) -> torch.Tensor:
