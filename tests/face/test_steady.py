@@ -108,7 +108,8 @@ def test_inputs_that_are_not_like_the_last_ones() -> None:
     trained = torch.randn(16, 16, requires_grad=True)
     wide = torch.randn(16, 32)
     inputs = [torch.randn(16, 16), torch.randn(16, 16).t(), wide[:, ::2], wide[:, :16],
-              torch.randn(1, 16).expand(16, 16), inference, torch.randn(8, 32), torch.randn(256, 256), torch.randn(16, 16), torch.empty(0, 4)]
+              torch.randn(1, 16).expand(16, 16), inference, torch.randn(8, 32), torch.randn(256, 256),
+              torch.randn(16, 16), torch.empty(0, 4)]
     for turn in range(4 * len(inputs)):
         value = inputs[turn % len(inputs)]
         for _ in range(1 + turn % 4):
