@@ -44,6 +44,16 @@ class _Begun(NamedTuple):
     header: bytes = b""
 
 
+class _Came(NamedTuple):
+    """What a worker has answered."""
+
+    values: list[Any]
+    result: m.Result                  # one like it, where it was recognised: it says the same of state
+    compute_s: float
+    queue_s: float
+    received: dict[str, int]
+
+
 def steady_call(session: Session, bound: BoundProgram, template: Template, rules: StateRules, args: list[Any],
                 timeout_s: float, started_s: float,
                 unchanged: Callable[[], bool] | None = None) -> tuple[Any, ...]:
@@ -68,7 +78,7 @@ def steady_call(session: Session, bound: BoundProgram, template: Template, rules
             if unchanged is not None and not unchanged():
                 raise ChangedError
             halves = rules.begin(args) if rules.active and rules.recipes else ()
-            values, result, received = _receive(connection, bound, template, begun, rules, deadline_s)
+            came = _receive(connection, bound, template, begun, rules, deadline_s)
         except RefusedError as refused:
             bound.template = Template(None, template.references, bound.arguments, 0)
             rules.gave_up(link, state, stored)
@@ -86,15 +96,15 @@ def steady_call(session: Session, bound: BoundProgram, template: Template, rules
         link.in_flight -= 1
     link.give_back(connection)
     answered_s = time.perf_counter()
-    named = dict(zip(bound.return_names, values, strict=True))
+    named = dict(zip(bound.return_names, came.values, strict=True))
     if rules.active:
-        rules.finish(session, link, bound.state_names, state, result, stored, args, named, halves)
+        rules.finish(session, link, bound.state_names, state, came.result, stored, args, named, halves)
     outputs = tuple([named[at] if kind == "value" else args[at] if kind == "input" else at
                      for kind, at in bound.outputs])
-    bound.last_compute_s = result.compute_s
+    bound.last_compute_s = came.compute_s
     dispatch_s = sent_s - started_s + time.perf_counter() - answered_s
-    session.telemetry.call((Share(link.name, 1, result.compute_s, begun.sent, received),),
-                           dispatch_s=dispatch_s, wait_s=answered_s - sent_s, queue_s=result.queue_s)
+    session.telemetry.call((Share(link.name, 1, came.compute_s, begun.sent, came.received),),
+                           dispatch_s=dispatch_s, wait_s=answered_s - sent_s, queue_s=came.queue_s)
     return outputs
 
 
@@ -138,7 +148,7 @@ def _send(session: Session, connection: Connection, bound: BoundProgram, templat
 
 
 def _receive(connection: Connection, bound: BoundProgram, template: Template, begun: _Begun, rules: StateRules,
-             deadline_s: float) -> tuple[list[Any], m.Result, dict[str, int]]:
+             deadline_s: float) -> _Came:
     prepared = begun.prepared
     if prepared is None:
         values, result, received = receive_result(connection, bound, begun.request, deadline_s, rules.reason_down)
@@ -147,11 +157,12 @@ def _receive(connection: Connection, bound: BoundProgram, template: Template, be
             assert begun.run is not None
             template.prepared = Prepared.of(begun.run, begun.header, begun.arguments, result, len(values), begun.sent,
                                             received)
-        return values, result, received
+        return _Came(values, result, result.compute_s, result.queue_s, received)
     values, inline, frames = prepared.room()
     came = connection.receive_stencil(prepared.result, inline, begun.request, frames, deadline_s)
     if isinstance(came, Numbers):
         _, compute_s, queue_s = came.values
-        return values, prepared.answer._replace(compute_s=compute_s, queue_s=queue_s), prepared.received
+        return _Came(values, prepared.answer, compute_s, queue_s, prepared.received)
     template.forget_prepared()
-    return receive_result(connection, bound, begun.request, deadline_s, rules.reason_down, came)
+    values, result, received = receive_result(connection, bound, begun.request, deadline_s, rules.reason_down, came)
+    return _Came(values, result, result.compute_s, result.queue_s, received)
