@@ -68,6 +68,22 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
     return own
 
 
+def copy_rows(target: torch.Tensor, start: int, rows: torch.Tensor, dim: int) -> None:
+    """Copy into `target` from `start` of `dim` on, by this thread alone (see `copied`).
+
+    Args: target, rows: contiguous CPU tensors of one dtype, and of one shape but for `dim`.
+    """
+    step = target.stride(dim) * target.element_size()        # of one row
+    to_bytes, from_bytes = target.shape[dim] * step, rows.shape[dim] * step
+    count = rows.nbytes // from_bytes if from_bytes else 0
+    to, source = target.data_ptr() + start * step, rows.data_ptr()
+    if _module is not None:
+        _module.copy_blocks(to, to_bytes, source, from_bytes, from_bytes, count)
+        return
+    for block in range(count):
+        ctypes.memmove(to + block * to_bytes, source + block * from_bytes, from_bytes)
+
+
 def is_foreign(tensor: torch.Tensor) -> bool:
     """Whether a CPU tensor's memory is another process's pages, which must not be written to or kept."""
     return _module is not None and tensor.device.type == "cpu" and bool(_module.in_foreign_pages(tensor.data_ptr()))
