@@ -244,6 +244,12 @@ class Lanes:
         if not sent or frames:
             raise MessageLimitError("it does not read its answers")
 
+    def tidy(self) -> None:
+        """Give back memory of lanes that nothing has needed for a while."""
+        for client in self._by_fd.values():
+            client.channel.tidy()
+            self._to_arm.add(client)         # what has come with that is not told of
+
     def close(self) -> None:
         for client in list(self._by_fd.values()):
             client.channel.close()
