@@ -73,7 +73,7 @@ def run(settings: Settings) -> Iterator[Case]:
             params = {**common, "transport": kind}
             sides += [Side(module=__name__, factory="pyzmq", name=f"pyzmq {kind}", params=params),
                       Side(module=__name__, factory="genie", name=f"genie {kind}", params=params)]
-        if not pinned and len(os.sched_getaffinity(0)) > 1:
+        if not (pinned or settings.quick) and len(os.sched_getaffinity(0)) > 1:
             sides.append(Side(module=__name__, factory="pyzmq", name=APART, params={
                 **common, "transport": "ipc", "apart": True}))
         if not pinned:
