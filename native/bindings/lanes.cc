@@ -235,6 +235,8 @@ void bind_lanes(py::module_& module) {
             return buffer.data == nullptr ? py::object(py::none()) : py::cast(std::move(buffer));
           },
           "Memory that this lane sends from without a copy; None where there is none now.")
+      .def("tidy", &Channel::tidy, py::call_guard<py::gil_scoped_release>(),
+           "Give back memory that nothing has needed for a while. What has come meanwhile is not told of by fileno().")
       .def("close", &Channel::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("closed", &Channel::closed)
       .def_property_readonly("close_reason", &Channel::close_reason)

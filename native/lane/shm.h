@@ -18,7 +18,7 @@
 namespace genie {
 
 struct ShmOptions {
-  PoolOptions pool{.keep_idle_bytes = std::size_t{128} << 20};   // `sharing` is set by which end this is
+  PoolOptions pool{.keep_idle_bytes = std::size_t{128} << 20, .keep_recent = std::chrono::seconds(10)};   // `sharing` is set by which end this is
   std::size_t max_transfer_bytes = std::size_t{64} << 30;
 };
 

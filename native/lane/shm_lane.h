@@ -108,6 +108,7 @@ class ShmLane final : public Lane {
   [[nodiscard]] bool register_memory(std::span<std::byte>) noexcept override { return true; }
   [[nodiscard]] Posted post(const Transfer& transfer) noexcept override;
   std::size_t poll(Sink& sink) noexcept override;
+  void tidy() noexcept override { pool_->tidy(Clock::now()); }   // the peer is told with the next poll
   [[nodiscard]] bool arm(bool for_ends) noexcept override;
   [[nodiscard]] int wait_fd() const noexcept override { return epoll_.get(); }
   void wake() noexcept override;

@@ -222,6 +222,11 @@ class Connection:
         """What the native lane has counted, of every message in both directions; nothing where there is none."""
         return self.end.counters() if self.end is not None else {}
 
+    def tidy(self) -> None:
+        """Give back memory of the lane that nothing has needed for a while."""
+        if self.end is not None:
+            self.end.tidy()
+
     def close_end(self) -> None:
         """Let go of the stream or lane: everything takes the ZeroMQ socket again."""
         if self.end is not None:

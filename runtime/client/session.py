@@ -337,7 +337,7 @@ class Session:
                 link.frees.append(key)
 
     def housekeeping(self) -> None:
-        """Once a second: keep leases, free what finalizers have queued."""
+        """Once a second: keep leases, free what finalizers have queued, and give back memory."""
         for link in [link for link in self._retired if not link.num_saved and not link.in_flight]:
             self._retired.remove(link)
             self._forget(link)
@@ -354,6 +354,7 @@ class Session:
                     link.tell(m.Drop(link.drops.popleft()))
                 if link.embedded is None:
                     link.tell(m.Ping())
+                link.tidy()
             except GenieError as error:
                 log.info("housekeeping of %s: %s", link.name, error)
 

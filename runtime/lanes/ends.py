@@ -53,6 +53,9 @@ class End(Protocol):
     def counters(self) -> dict[str, int]:
         """What the lane itself has counted; empty where it does not count."""
 
+    def tidy(self) -> None:
+        """Give back memory that nothing has needed for a while; called every few seconds."""
+
     def close(self) -> None: ...
 
 
@@ -83,6 +86,9 @@ class SocketEnd:
 
     def counters(self) -> dict[str, int]:
         return {}
+
+    def tidy(self) -> None:
+        """It keeps no memory."""
 
     def close(self) -> None:
         # A forked child has a duplicate of the descriptor: closing ours alone would tell the worker nothing.
@@ -153,6 +159,9 @@ class NativeEnd:
 
     def counters(self) -> dict[str, int]:
         return dict(self.channel.statistics())
+
+    def tidy(self) -> None:
+        self.channel.tidy()
 
     def close(self) -> None:
         self.channel.close()

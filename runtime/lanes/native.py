@@ -11,12 +11,18 @@ import torch
 
 from genie_dynamo.core.stencil import Form
 
+API_VERSION = 2
+"""Of native/lane/lane.h: an extension that was built from older sources is not used."""
+
 _module: Any = None
 _why_not = ""
 try:
     from genie_dynamo import _native
 
-    _module = _native
+    if getattr(_native, "API_VERSION", 1) == API_VERSION:
+        _module = _native
+    else:
+        _why_not = "the native extension was built from other sources than these: build it again (pip install -e .)"
 except ImportError as error:
     _why_not = (f"the native extension is not there ({error}); it needs CMake, a C++20 compiler and pybind11 when the "
                 "package is built: GENIE_REQUIRE_NATIVE=1 pip install ... says what is missing")

@@ -90,7 +90,7 @@ class _Client:
         self.channel = channel
         self.digest = digest
         self.fd = channel.fileno()
-        self.header = b""                         # of the last message that took the ordinary way
+        self.header = b""                         # of the message that is being handled the ordinary way
         self.steady: SteadyRun | None = None      # the run that it repeats
         self.streak = Streak()
 
@@ -195,6 +195,7 @@ class Lanes:
                     return
             client.header = header
             self._on_message(client.name, header, [native.to_tensor(frame) for frame in frames] if frames else frames)
+            client.header = b""
 
     def _repeat(self, client: _Client, numbers: Sequence[Any], frames: Sequence[Any]) -> bytes | None:
         """Carry out a run that came as the last ones; the message where it has to take the ordinary way."""
@@ -243,6 +244,12 @@ class Lanes:
             return
         if not sent or frames:
             raise MessageLimitError("it does not read its answers")
+
+    def tidy(self) -> None:
+        """Give back memory of lanes that nothing has needed for a while."""
+        for client in self._by_fd.values():
+            client.channel.tidy()
+            self._to_arm.add(client)         # what has come with that is not told of
 
     def close(self) -> None:
         for client in list(self._by_fd.values()):

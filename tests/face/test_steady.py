@@ -26,6 +26,13 @@ def add(x: torch.Tensor) -> torch.Tensor:
     return x * 2 + 1
 
 
+def slow(x: torch.Tensor) -> torch.Tensor:
+    """A small graph that takes some milliseconds."""
+    for _ in range(4):
+        x = (x[:, None] * torch.ones(1, 4096)).mean(1)
+    return x
+
+
 def remote(function: Any, **more: Any) -> Any:
     return torch.compile(function, backend="genie", fullgraph=True, **more)
 
@@ -185,6 +192,40 @@ def test_a_worker_killed_between_steady_calls(own_session: Callable[..., Any]) -
     warm(compiled, add)
     assert genie.get_stats()["events"]["worker replaced"] == 1
     assert repeated() > 0
+
+
+def once_in_a_prepared_call(monkeypatch: pytest.MonkeyPatch, act: Callable[[Any], None]) -> list[Any]:
+    """Do something to the connection of the next call that was filled in, once its message has been sent."""
+    send, done = steady._send, []
+
+    def acting(session: Any, connection: Any, *args: Any) -> Any:
+        begun = send(session, connection, *args)
+        if begun.prepared is not None and not done:
+            done.append(connection)
+            act(connection)
+        return begun
+
+    monkeypatch.setattr(steady, "_send", acting)
+    return done
+
+
+def test_a_worker_killed_in_a_steady_call(own_session: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    own_session(workers=1)
+    compiled = remote(slow)
+    warm(compiled, slow)
+    pid = genie.session().links[0].embedded.pid  # type: ignore[union-attr]
+    done = once_in_a_prepared_call(monkeypatch, lambda connection: os.kill(pid, signal.SIGKILL))
+    warm(compiled, slow)
+    assert done and genie.get_stats()["events"]["call repeated after a worker was lost"] == 1
+
+
+def test_a_lane_that_breaks_in_a_steady_call(own_session: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    own_session(workers=1)
+    compiled = remote(slow)
+    warm(compiled, slow)
+    done = once_in_a_prepared_call(monkeypatch, lambda connection: connection.end.channel.close())
+    warm(compiled, slow)
+    assert done and genie.get_stats()["events"]["call repeated after a lane broke"] == 1
 
 
 def test_a_worker_that_forgets_what_it_had(own_session: Callable[..., Any]) -> None:
