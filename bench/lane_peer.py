@@ -55,10 +55,13 @@ def serve(kind: str, address: str, folder: str) -> None:
                 copy = bytearray(len(frames[0]))
             memoryview(copy)[:] = memoryview(frames[0])
         elif frames:
-            view = memoryview(frames[0])
-            header = bytes((view[0] ^ view[-1],))
-        del frames, came
+            header = _ends(memoryview(frames[0]))
+        del frames, came             # and with them the sender's memory, which its next payload fills while it is warm
         channel.send([header])
+
+
+def _ends(payload: memoryview) -> bytes:
+    return bytes((payload[0] ^ payload[-1],))
 
 
 def listen(kind: str, address: str) -> Any:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from bench.harness import Case, Series, Settings, Target
-from bench.semantics_architectures import HELD_OUT
 from bench.semantics_classifier import Examples, classifier_case, examples_of, joined
+from bench.semantics_held_out import HELD_OUT
 from bench.semantics_optimizers import HELD_OUT_OPTIMIZERS, OPTIMIZERS
 from bench.semantics_samples import (
     DECODED,

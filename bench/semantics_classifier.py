@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.harness import Case, Series, Target
-from bench.semantics_architectures import HELD_OUT
+from bench.semantics_held_out import HELD_OUT
 from bench.semantics_samples import Sample
 from bench.semantics_score import PLUMBING
 from bench.semantics_truth import LAYERS, optimizer_truth, truths_of

@@ -19,7 +19,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from bench.semantics_architectures import HELD_OUT, TUNED
+from bench.semantics_architectures import TUNED
+from bench.semantics_held_out import HELD_OUT
 from bench.semantics_optimizers import OPTIMIZERS, optimizer_step
 from bench.semantics_truth import Origin
 from genie_dynamo.passes.semantics.reading import read_graph

@@ -45,14 +45,15 @@ _SINES = re.compile(r"sine_position|sinusoid|get_position_embeds")      # functi
 _ADDS_POSITIONS = re.compile(r"= .*\+ .*(pos_embed|position_embedding|embed_pos|positional|pos_encoding|time_embed)")
 _TABLE_LINE = re.compile(r"sincos = |sinusoid_inp")
 _MEAN = re.compile(r"mean\(.*dim=(?!\[?0)|\.mean\(|mean\(\[-2")
-_NORM = re.compile(r"((LayerNorm|RMSNorm|BatchNorm|GroupNorm)\w{0,12}|GRN|L2Norm)$")
+_NORM = re.compile(r"((?<!Pre)(?<!Stable)(LayerNorm|RMSNorm|BatchNorm|GroupNorm)\w{0,12}|GRN|L2Norm)$")
 _RESCALES = re.compile(r"(new|target)_magnitude")              # to the root mean square of another value: a norm
 _POOLS_VALUES = re.compile(r"^pool_tensor$")
 _ATTENTION = re.compile(r"Attention(?!Pooling)|MultiheadAttention|SelfAttention|CrossAttention|SelfAttn")
 _MLP = re.compile(r"(MLP|Mlp|FFN|FeedForward|DenseReluDense|DenseActDense|DenseGatedActDense|MixFFN|Projector|"
                   r"FeedForwardNetwork|MLPPredictionHead)$")
+_ROUTER = re.compile(r"(Router|TopKGate|TopKGating|MoE\w*Gate)$")
 _RECURRENT = re.compile(r"^(LSTM|GRU|RNN|LSTMCell|GRUCell|RNNCell)$")
-_STATE_SPACE = re.compile(r"(Mamba\d?Mixer|BambaMixer|H1Mixer|RgLru|RecurrentBlock|S4|S6|GatedDeltaNet|"
+_STATE_SPACE = re.compile(r"(Mamba\d?Mixer|MambaLayer|BambaMixer|H1Mixer|RgLru|RecurrentBlock|S4|S6|GatedDeltaNet|"
                           r"RwkvSelfAttention)")
 _POSITIONS = re.compile(r"(Rotary|Position(?!wise)|Sinusoid|Sine|RelativeP)")
 _TABLE_PATH = re.compile(r"pos|wpe|relative_attention_bias|rel_attn|distance_embedding")
@@ -74,7 +75,8 @@ _CROSS = re.compile(r"(^|[._])(encoder_attn|cross_?attn|crossattention|cross_att
 _INTO_SEQUENCE = re.compile(r"masked_scatter\(|torch\.cat\((?!.*mask).*(image|visual|vision|pixel|audio)")
 _LATE = re.compile(r"(matmul\(|mm\(|@).*(image|text|audio)_(embeds|features)|(image|text|audio)_(embeds|features).* @ ")
 _FEATURES = re.compile(r"products = features @|pairs = ")
-_TOWERS = frozenset({"vision_model", "vision_tower", "text_model", "audio_model", "image_encoder", "visual"})
+_TOWERS = frozenset({
+    "vision_model", "vision_tower", "text_model", "audio_model", "image_encoder", "image_model", "visual"})
 
 
 def truths_of(origins: Sequence[Origin], modalities: frozenset[str] | None) -> dict[str, Truth]:
@@ -207,7 +209,7 @@ def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[
         return "attention", where          # of learned queries
     if what.endswith("ConvNextLayer") and re.match(r"(pointwise_conv\d|activation_fn)$", leaf):
         return "mlp", where
-    if what.endswith(("TopKRouter", "Router", "TopKGate", "TopKGating")):
+    if _ROUTER.search(what):
         return "moe_router", where
     if what == "Neck":
         return "conv_stage", f"neck:{where}"
@@ -242,6 +244,8 @@ def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[
         return ("patch_embedding", where) if _TOKENS in inside else None
     if what.endswith(("Intermediate", "Output")) and not what.endswith(("SelfOutput", "AttentionOutput")):
         return "mlp", where.rsplit(".", 1)[0]
+    if where == path and what == "Linear" and leaf == "pooler":
+        return "pooling", where
     if _POOLS.search(what):
         return "pooling", next(p for p, k in node.modules if _POOLS.search(k))
     if where == path and _HEAD_LINE.search(what) and "matmul(" in node.line:

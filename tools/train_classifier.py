@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from bench.semantics_architectures import HELD_OUT  # noqa: E402
 from bench.semantics_classifier import HEADER, Examples, examples_of, joined, leave_one_out, trained  # noqa: E402
+from bench.semantics_held_out import HELD_OUT  # noqa: E402
 from bench.semantics_optimizers import OPTIMIZERS  # noqa: E402
 from bench.semantics_samples import (  # noqa: E402
     DECODED,

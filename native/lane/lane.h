@@ -30,7 +30,7 @@ using Deadline = Clock::time_point;
 inline constexpr Deadline kNoDeadline = Deadline::max();
 
 // Spoken by both ends; a peer with another version is refused when it connects.
-inline constexpr std::uint16_t kLaneVersion = 1;
+inline constexpr std::uint16_t kLaneVersion = 2;
 
 // Limits on what a peer may announce. A lane may have lower ones (capabilities), none has higher ones.
 inline constexpr std::size_t kMaxSlices = 4096;

@@ -1,6 +1,6 @@
 // The shm lane: two processes of one user on one host, payload in pages that both see.
 //
-// The ends meet at a Unix socket (SOCK_SEQPACKET), look at each other's user, and pass memfds and eventfds over it. What
+// The ends meet at a Unix socket (SOCK_SEQPACKET), look at each other's user, and pass memfds and sockets to ring over it. What
 // travels afterwards are records in two rings (lane/ring.h): small slices inside them, large ones by naming a slab in a
 // segment of the sender's pool. The receiver reads the slab where it is and sends it back by its token.
 //

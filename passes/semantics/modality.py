@@ -15,6 +15,7 @@ from genie_dynamo.passes.semantics.view import GraphView, ViewNode
 MODALITIES = ("text", "vision", "audio", "tabular", "other")
 _BIT = {name: 1 << index for index, name in enumerate(MODALITIES)}
 _FIRST = ELEMENTWISE | VIEWS | {"cat", "stack", "batch_norm", "layer_norm", "item", "as_strided", "unfold", "stft"}
+_HASHES = frozenset({"mod", "remainder", "floor_divide", "floordiv", "bitwise_xor", "xor"})
 _LOOKUPS = frozenset({"embedding", "embedding_bag"})
 _MIXING = frozenset({"attention", "state_space", "recurrent"})
 _HINTS = (("vision", ("pixel", "image", "vision", "visual", "frames")),
@@ -56,7 +57,7 @@ def _states(view: GraphView, found: Sequence[Found]) -> set[ViewNode]:
 
 
 def _classify(view: GraphView, node: ViewNode, mixed: int) -> Reading | None:
-    reached = list(view.forward(node, _FIRST, 160))
+    reached = list(view.forward(node, _FIRST | _HASHES if node.is_int else _FIRST, 160))
     if node.is_int:
         if any(n.op == "embedding_bag" for n in reached):
             return Reading("tabular", "ids of a sparse bag")

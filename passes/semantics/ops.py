@@ -80,6 +80,7 @@ _alias("ge", "__ge__")
 _alias("le", "__le__")
 _alias("where", "masked_fill", "masked_fill_", "_scalar_tensor_where")
 _alias("maximum", "max", "amax", "maximum", "clamp_min")
+_alias("minimum", "min", "amin", "clamp_max")
 _alias("index_write", "index_copy", "index_put", "_unsafe_index_put", "_index_put_impl", "setitem", "slice_scatter",
        "select_scatter", "scatter", "index_fill")
 _alias("index_add", "scatter_add", "index_reduce", "scatter_reduce", "bincount")
@@ -97,11 +98,11 @@ PURE_VIEWS = VIEWS - {"slice", "select", "pad", "roll", "chunk", "item"}
 
 ACTIVATIONS = frozenset({
     "gelu", "silu", "relu", "tanh", "sigmoid", "erf", "elu", "leaky_relu", "mish", "hardswish", "hardsigmoid",
-    "relu6", "hardtanh", "prelu", "softplus", "glu", "quick_gelu", "selu", "celu", "logsigmoid"})
+    "relu6", "hardtanh", "prelu", "softplus", "glu", "quick_gelu", "selu", "celu", "logsigmoid", "expm1"})
 
 ELEMENTWISE = ACTIVATIONS | frozenset({
     "add", "sub", "mul", "div", "pow", "neg", "exp", "sqrt", "rsqrt", "reciprocal", "abs", "clamp", "where", "maximum",
-    "minimum", "addcmul", "addcdiv", "lerp", "square", "log", "expm1", "log1p"})
+    "minimum", "addcmul", "addcdiv", "lerp", "square", "log", "log1p", "acos"})
 
 
 def canonical_op(name: str) -> str:

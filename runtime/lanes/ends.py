@@ -8,7 +8,7 @@ import contextlib
 import math
 import socket as socket_module
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -19,6 +19,12 @@ URGENT, NORMAL, BULK = range(3)
 """Priorities of transfers that wait for the same lane; a message that has begun is never interrupted."""
 
 Message = tuple[bytes, list[torch.Tensor]]
+
+
+class Numbers(NamedTuple):
+    """Of a message that came as a stencil has it: the numbers in its holes, in order."""
+
+    values: tuple[Any, ...]
 
 
 class End(Protocol):
@@ -119,6 +125,25 @@ class NativeEnd:
             raise BlockingIOError
         header, frames = came
         return header, [native.to_own_tensor(frame) for frame in frames] if frames else frames
+
+    def send_stencil(self, stencil: Any, values: Sequence[Any], frames: Sequence[Any],
+                     waiting: Callable[[], None]) -> None:
+        """As `send`, of a message that is a stencil with these values in its holes: addresses for memory."""
+        while not self.channel.send_stencil(stencil, values, frames, self._poll_s, self.digest):
+            waiting()
+
+    def read_stencil(self, stencil: Any, into: Sequence[int], first: int,
+                     frames: Sequence[tuple[int, int]]) -> Numbers | Message:
+        """As `read`; where the message is the stencil's and `first` its first number, its values go to the addresses
+        `into` and `frames` (address, bytes), and its numbers are returned. Raises: as `read`.
+        """
+        came = self.channel.receive_stencil(stencil, into, first, frames, self._poll_s, self._spin_s)
+        if came is None:
+            raise BlockingIOError
+        head, memory = came
+        if type(head) is not bytes:
+            return Numbers(head)
+        return head, [native.to_own_tensor(frame) for frame in memory]
 
     def arm(self) -> bool:
         return bool(self.channel.arm())

@@ -172,6 +172,8 @@ class Shell:
         for command in commands:
             if type(command) is Reply:
                 self._reply(command.connection, command.message, command.frames)
+                if command.repeatable is not None:
+                    self._lanes.answered(command, self._engine)
             elif type(command) is Execute:
                 run = command.run
                 self._waiting.discard(run)

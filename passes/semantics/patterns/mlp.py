@@ -87,10 +87,16 @@ def _above(view: GraphView, down: ViewNode) -> _Block | NoMatch:
             return NoMatch(f"{node.op} flows in between the linear layers ({node.name})")
     if not ups:
         return NoMatch("no linear layer above the activation")
-    if len({linear_source(view, up) for up in ups}) > 1:
+    if len({_read_by(view, up) for up in ups}) > 1:
         return NoMatch("the branches between the linear layers read different values: a recurrence or a merge")
     inner = crossing(view, ups, pair[0], _UP | _NORMS) - set(ups)
     return _Block(ordered(ups), frozenset(inner), normalised)
+
+
+def _read_by(view: GraphView, linear: ViewNode) -> ViewNode:
+    """What a linear layer reads; of two in a row, as an adapter of low rank has them, what the first one reads."""
+    source = linear_source(view, linear)
+    return linear_source(view, source) if is_linear(source) else source
 
 
 def _above_is_activated(view: GraphView, linear: ViewNode) -> bool:
@@ -173,4 +179,4 @@ def _over_one_pixel(node: ViewNode) -> bool:
 MLP = Pattern(
     name="mlp", matcher=match_mlp, kinds=("mlp", "gated_mlp"), priority=20,
     anchors=("gelu", "silu", "relu", "tanh", "sigmoid", "erf", "elu", "leaky_relu", "mish", "hardswish", "quick_gelu",
-             "relu6", "hardtanh", "prelu", "glu", "selu"))
+             "relu6", "hardtanh", "prelu", "glu", "selu", "expm1"))

@@ -96,6 +96,8 @@ def match_angles(view: GraphView, node: ViewNode) -> Outcome:
     sources = {base, *view.backward(base, _ANGLES, 24)}
     twins = {u for n in sources if n.kind == "call" for u in n.users if u.op == "sin"}
     twins |= {u for n in (angles, base) for u in view.forward(n, _SLICES, 12) if u.op == "sin"}
+    twins |= {u for n in base.inputs for other in n.users if other.op == base.op and other.inputs == base.inputs
+              for u in other.users if u.op == "sin"}        # the same product, written twice
     if not twins:
         return NoMatch("a cosine without the sine of the same angles")
     inner = [n for n in sources if n.kind == "call" and n.op in ("mul", "matmul", "cat", "div", "pow")

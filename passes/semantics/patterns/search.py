@@ -9,7 +9,8 @@ from genie_dynamo.passes.semantics.pattern import ordered
 from genie_dynamo.passes.semantics.view import GraphView, ViewNode, is_linear, operands
 
 FLOW = ELEMENTWISE | VIEWS
-NORMALISE = frozenset({"layer_norm", "rms_norm", "group_norm", "mean", "sum", "var", "linalg_vector_norm"})
+NORMALISE = frozenset({"layer_norm", "rms_norm", "group_norm", "mean", "sum", "var", "linalg_vector_norm",
+                       "normalize"})
 PROJECT = FLOW | NORMALISE | frozenset({"cat", "index_write", "copy", "stack"})
 LOSSES = frozenset({
     "cross_entropy", "nll_loss", "mse_loss", "binary_cross_entropy", "ctc_loss", "kl_div", "l1_loss",

@@ -38,6 +38,8 @@ def match_pooling(view: GraphView, node: ViewNode) -> Outcome:
     if node.op == "tanh":
         return _first_token(view, node)
     if node.op in ("max_pool", "avg_pool"):
+        if node.inputs and _masks(view, node.inputs[0]):
+            return NoMatch("a mask, brought to fewer positions")
         items = tuple(u for u in node.users if u.op == "item" and u.args[1] == 0)
         return Match(kind="pooling", core=(node, *items), confidence=0.97, reason=f"the op {node.target}",
                      annotations={"variant": node.op})
@@ -58,6 +60,16 @@ def match_pooling(view: GraphView, node: ViewNode) -> Outcome:
         return NoMatch(f"a mean over dims {sorted(positions)} of {source.rank}: not over positions")
     return Match(kind="pooling", core=(node,), confidence=0.9, annotations={"variant": "mean"},
                  reason="a mean over positions")
+
+
+def _masks(view: GraphView, value: ViewNode) -> bool:
+    """Whether whole numbers or truths were cast to what is pooled."""
+    node = value
+    while node.op in VIEWS and node.inputs:
+        node = node.inputs[0]
+        if node.is_int or node.dtype == "bool":
+            return True
+    return False
 
 
 def _one_side(view: GraphView, node: ViewNode, source: ViewNode) -> Outcome:

@@ -21,6 +21,7 @@ from genie_dynamo.passes.semantics.reading import read_graph
 from tests.models import architectures, handwritten
 from tests.models.captures import Capture, compiled_captures, recorded_capture
 from tests.passes.semantics import blocks as b
+from tests.passes.semantics import variants as v
 
 pytestmark = pytest.mark.heavy
 
@@ -226,15 +227,21 @@ def test_recommenders_have_bags_and_interactions() -> None:
         assert [r.annotation("variant") for r in graph.of_kind("fusion")] == ["feature_interaction"]
 
 
-def test_lookups_need_bandwidth_and_towers_compute() -> None:
+@pytest.mark.parametrize("name", ["dlrm", "wide_and_deep", "deep_fm"])
+def test_lookups_need_bandwidth_and_towers_compute(name: str) -> None:
     import genie_dynamo as genie
 
-    model, inputs = handwritten.build("dlrm")
+    model, inputs = handwritten.build(name)
     graph = genie.analyze(model, **inputs)
     sparse = [r.arithmetic_intensity for r in graph.of_kind("embedding")]
     dense = [r.arithmetic_intensity for r in graph.of_kind("mlp")]
     assert all(a is not None and b is not None and a * 4 < b for a in sparse for b in dense)
     assert all(r.bytes_moved for r in graph.of_kind("embedding"))
+
+
+def test_ids_that_are_hashed_are_text() -> None:
+    for graph in graphs(v.HashedLookup(), v.ids()).values():
+        assert (graph.workload, graph.modalities) == ("llm", ("text",))
 
 
 def test_rows_that_stay_a_sequence_make_no_sure_recommender() -> None:

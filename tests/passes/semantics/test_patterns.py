@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.models import handwritten
 from tests.passes.semantics import blocks as b
+from tests.passes.semantics import variants as v
 
 CACHE = {"x": torch.randn(b.B, 1, b.D), "keys": torch.randn(b.B, b.H, 7, 4), "values": torch.randn(b.B, b.H, 7, 4)}
 IMAGE = {"image": torch.randn(2, 3, 32, 32)}
@@ -71,6 +72,11 @@ POSITIVE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]],
     "norm_by_power": (b.PowerNorm, b.hidden, "norm", {"variant": "rms_norm"}),
     "pooling_side_by_side": (b.TwoMeans, lambda: dict(IMAGE), "pooling", {"variant": "mean"}),
     "table_in_an_attribute": (b.AttributeTable, b.hidden, "positional", {"variant": "constant"}),
+    "attention_by_angles": (v.AngleAttention, b.hidden, "attention", {"variant": "self", "softmax": False}),
+    "attention_linear": (v.LinearAttention, b.hidden, "attention", {"variant": "self", "softmax": False}),
+    "mlp_with_a_written_activation": (v.WrittenActivation, b.hidden, "mlp", {"activation": "expm1"}),
+    "gated_mlp_with_an_adapter": (v.AdaptedGate, b.hidden, "gated_mlp", {"activation": "gelu"}),
+    "sines_written_twice": (v.SinesTwice, b.hidden, "positional", {"table": True}),
     "loss": (b.Loss, lambda: {**b.hidden(), "labels": torch.randint(5, (b.B, b.T))}, "loss", {}),
 }
 
@@ -92,6 +98,9 @@ NEGATIVE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]],
     "residual_linear_is_no_head": (lambda: b.Head(residual=True), b.hidden, "logits_head", "logits_head",
                                    "goes on into add"),
     "shared_layer_is_no_recurrence": (b.SharedLayer, b.hidden, "recurrent", "recurrent", "an input and a state"),
+    "decay_is_no_attention": (v.DecayingProducts, b.hidden, "attention", "kernel_attention", "decays"),
+    "covariance_is_no_attention": (v.Covariance, b.hidden, "attention", "kernel_attention", "not all projections"),
+    "mask_is_not_pooled": (v.PooledMask, v.masked, "pooling", "pooling", "a mask"),
     "softplus_alone_is_no_state": (lambda: b.SelectiveScan(rates=False), b.hidden, "state_space", "state_space",
                                    "exponential of a weight"),
 }

@@ -57,7 +57,7 @@ def test_it_remembers_what_was_confirmed_and_keeps_the_rest() -> None:
     other = synthetic(500)
     features = describe(other, [n for n in other.nodes if n.kind == "call"])
     before = network.probabilities(features).argmax(axis=1)
-    view = view_of(Additive())
+    view = view_of(Mixed())
     example = describe(view, view.by_op["matmul"][:1])
     wanted = network.kinds.index("recurrent")
     assert network.probabilities(example).argmax() != wanted
@@ -95,16 +95,15 @@ def test_names_are_not_seen() -> None:
     assert np.array_equal(describe(named, named.nodes), describe(bare, bare.nodes))
 
 
-class Additive(torch.nn.Module):
-    """Positions mixed by products and sums, with no softmax: no rule knows it."""
+class Mixed(torch.nn.Module):
+    """Positions mixed by a Fourier transform between layers: no rule knows it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (torch.nn.Linear(b.D, b.D) for _ in range(4))
+        self.v, self.o = (torch.nn.Linear(b.D, b.D) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        return x + self.o(q @ (k.transpose(1, 2) @ v) / b.T)  # type: ignore[no-any-return]
+        return x + self.o(torch.fft.fft(self.v(x), dim=1).real)  # type: ignore[no-any-return]
 
 
 def test_hints_are_never_trusted_and_always_said() -> None:
@@ -112,13 +111,13 @@ def test_hints_are_never_trusted_and_always_said() -> None:
     shipped = opinion.shipped()
     sure = Network(kinds=shipped.kinds, w1=shipped.w1 * 0, b1=shipped.b1, w2=shipped.w2,
                    b2=np.where(np.array(shipped.kinds) == "attention", 50.0, 0.0).astype(np.float32))
-    view = view_of(Additive())
+    view = view_of(Mixed())
     graph, _ = Annotator(names=False, classifier=lambda v, claimed: opinion.hints(v, claimed, sure)).annotate_view(view)
     hinted = [r for r in graph.regions if r.pattern == "classifier"]
     assert hinted
     assert all(r.kind == "attention" and not r.trusted for r in hinted)
     assert all(any(r.region_id in warning for warning in graph.warnings) for r in hinted)
-    without, _ = Annotator(names=False, classifier=None).annotate_view(view_of(Additive()))
+    without, _ = Annotator(names=False, classifier=None).annotate_view(view_of(Mixed()))
     assert not [r for r in without.regions if r.pattern == "classifier"]
 
 
@@ -135,7 +134,7 @@ def test_it_is_asked_about_nothing_that_a_rule_claims() -> None:
 
 
 def test_confirmed_labels_change_the_next_answer(own_cache: Path) -> None:
-    view = view_of(Additive())
+    view = view_of(Mixed())
     node = view.by_op["matmul"][0]
     wanted = "moe_router"
     written = opinion.confirm(view, {node.name: wanted})
