@@ -46,6 +46,7 @@ def run(settings: Settings) -> Iterator[Case]:
         if limit_s <= 5 or not settings.quick:
             yield _instances(limit_s, within)
     yield from (_scaling(count, 1 if settings.quick else 5) for count in HEURISTIC_LIMIT_S)
+    yield from (_all_shapes(count, 1 if settings.quick else 6) for count in HEURISTIC_LIMIT_S)
     for policy in POLICIES:
         yield _gaps(policy, *((_SMALL, 1) if settings.quick else (_SMALL, 3)))
         yield _gaps(policy, *((_LARGE, 1) if settings.quick else (_LARGE, 2)))
@@ -101,6 +102,25 @@ def _scaling(count: int, seeds: int) -> Case:
                               limit=HEURISTIC_LIMIT_S[count], terms={"median": statistics.median(samples)}))
         notes.append(f"{policy:16} " + "  ".join(f"{x:.3f}x" for x in over))
     return Case(bench="placement", title=f"layered graphs of {count} nodes, 4 GPUs and a CPU, heuristic", threads=1,
+                pinned=False, series=series, targets=tuple(targets), notes=tuple(notes))
+
+
+def _all_shapes(count: int, seeds: int) -> Case:
+    """The heuristic on graphs of every shape, and how far it is at most from the optimum by the bound it proves."""
+    series, targets, notes = {}, [], []
+    for policy in POLICIES:
+        seconds, over = {}, {}
+        for one in samples((count,), seeds):
+            placed, seconds[one.name] = _timed(one.graph, one.devices, policy)
+            over[one.name] = placed.objective_value / placed.lower_bound if placed.lower_bound else float("inf")
+        series[policy] = Series(unit="s", rounds=(tuple(seconds.values()),))
+        targets.append(Target(name=f"{count} nodes, {policy}, slowest graph of all shapes", value=max(seconds.values()),
+                              unit="s", limit=HEURISTIC_LIMIT_S[count],
+                              terms={"median": statistics.median(seconds.values())}))
+        close = sum(value <= GAP_LIMIT for value in over.values())
+        notes.append(f"{policy}: {close} of {len(over)} within {GAP_LIMIT}x of the bound, so of the optimum; slowest "
+                     f"is {max(seconds, key=lambda name: seconds[name])}")
+    return Case(bench="placement", title=f"{len(SHAPES)} shapes of {count} nodes, 3 to 5 devices, heuristic", threads=1,
                 pinned=False, series=series, targets=tuple(targets), notes=tuple(notes))
 
 
