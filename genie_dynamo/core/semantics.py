@@ -7,7 +7,9 @@ newer version than this release knows is refused.
 """
 from __future__ import annotations
 
+import itertools
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -153,7 +155,7 @@ class SemanticGraph:
         rule = self.phase_rule
         document["phase_rule"] = None if rule is None else {
             "query_length": rule.query_length, "past_length": rule.past_length, "static_cache": rule.static_cache}
-        return json.dumps(document)
+        return _ENCODER.encode(document)
 
     @classmethod
     def from_json(cls, text: str) -> SemanticGraph:
@@ -197,8 +199,8 @@ class SemanticGraph:
 def _by_kind(guards: Iterable[Sequence[str]]) -> dict[str, list[str | tuple[str, str]]]:
     """Kind -> sources; a guard with code of its own is a pair of both."""
     found: dict[str, list[str | tuple[str, str]]] = {}
-    for source, kind, code in guards:
-        found.setdefault(kind, []).append((source, code) if code else source)
+    for kind, group in itertools.groupby(guards, key=_KIND):
+        found.setdefault(kind, []).extend([(source, code) if code else source for source, _, code in group])
     return found
 
 
@@ -213,10 +215,13 @@ _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _guards
 
 _SIMPLE_FIELDS = tuple(f.name for f in fields(SemanticGraph) if f.name not in ("regions", "guards", "phase_rule"))
 _REGION_FIELDS = tuple(f.name for f in fields(Region))
+_REGION_VALUES = operator.attrgetter(*_REGION_FIELDS)
+_KIND = operator.itemgetter(1)
+_ENCODER = json.JSONEncoder(check_circular=False, separators=(",", ":"))     # a tree of plain values
 
 
 def _region_document(region: Region) -> dict[str, Any]:
-    return {name: getattr(region, name) for name in _REGION_FIELDS}
+    return dict(zip(_REGION_FIELDS, _REGION_VALUES(region), strict=True))
 
 
 def _values(document: Mapping[str, Any]) -> dict[str, Any]:
