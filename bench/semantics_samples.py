@@ -70,10 +70,16 @@ def forward_samples(names: tuple[str, ...]) -> Iterator[Sample]:
     for name in names:
         model, inputs = build(name)
         captures, outputs = _captures(model, inputs)
-        keeps = name in _KEEPS_INSIDE or any(getattr(outputs, cache, None) is not None for cache in _CACHES)
+        keeps = name in _KEEPS_INSIDE or _holds_cache(outputs)
         workload = _workload(name)
         yield from _samples(name, "forward", captures, workload=workload, phase="prefill" if keeps else "forward",
                             modalities=_modalities(name, workload, inputs))
+
+
+def _holds_cache(outputs: Any) -> bool:
+    """Whether a cache is among the outputs, or among those of a model inside."""
+    return any(getattr(outputs, cache, None) is not None for cache in _CACHES) or (
+        isinstance(outputs, dict) and any(_holds_cache(value) for value in outputs.values() if isinstance(value, dict)))
 
 
 def labelled_samples(names: tuple[str, ...]) -> Iterator[Sample]:

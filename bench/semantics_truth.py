@@ -33,7 +33,7 @@ class Origin:
 Key = tuple[str, str]       # (kind, instance)
 Truth = Mapping[str, Key]   # by node name
 _TOKENS = "(tokens)"        # noted among the children of a module that makes a sequence
-_HALVED = "(halved)"        # of a module that cuts what one layer made into a gate and what it gates
+_HALVED = "(halved)"        # of a module that makes a gate and what it gates, by one layer or by a part of its own
 LAYERS: dict[str, frozenset[str]] = {
     "leaf": frozenset({
         "attention", "kv_cache", "mlp", "gated_mlp", "moe_router", "moe_experts", "embedding", "norm", "positional",
@@ -48,7 +48,7 @@ _MEAN = re.compile(r"mean\(.*dim=(?!\[?0)|\.mean\(|mean\(\[-2")
 _NORM = re.compile(r"((?<!Pre)(?<!Stable)(LayerNorm|RMSNorm|BatchNorm|GroupNorm)\w{0,12}|GRN|L2Norm)$")
 _RESCALES = re.compile(r"(new|target)_magnitude")              # to the root mean square of another value: a norm
 _POOLS_VALUES = re.compile(r"^pool_tensor$")
-_ATTENTION = re.compile(r"Attention(?!Pooling)|MultiheadAttention|SelfAttention|CrossAttention|SelfAttn")
+_ATTENTION = re.compile(r"Attention(?!Pooling|DecoderLayer)|MultiheadAttention|SelfAttention|CrossAttention|SelfAttn")
 _MLP = re.compile(r"(MLP|Mlp|FFN|FeedForward|DenseReluDense|DenseActDense|DenseGatedActDense|MixFFN|Projector|"
                   r"FeedForwardNetwork|MLPPredictionHead)$")
 _ROUTER = re.compile(r"(Router|TopKGate|TopKGating|MoE\w*Gate)$")
@@ -58,9 +58,10 @@ _STATE_SPACE = re.compile(r"(Mamba\d?Mixer|MambaLayer|BambaMixer|H1Mixer|RgLru|R
 _POSITIONS = re.compile(r"(Rotary|Position(?!wise)|Sinusoid|Sine|RelativeP)")
 _TABLE_PATH = re.compile(r"pos|wpe|relative_attention_bias|rel_attn|distance_embedding")
 _PATCHES = re.compile(r"(TubeletEmbed|PatchEmbed|PatchEmbeddings|Patches|OverlapPatchEmbeddings)")
+_OF_TOKENS = re.compile(r"Embeddings$")
 _HEADS = re.compile(r"(^|\.)(lm_head|classifier|score|proj_out|embed_out|output_projection|predictions\.decoder|"
                     r"pred_layer\.proj|vocab_projector|generator_lm_head|decoder)(\.decoder|\.\d+|\.out_proj)?$|"
-                    r"(^|\.)classifier\.dense$|^(output|head|fc|lm_loss)$")
+                    r"(^|\.)classifier\.dense$|^(output|head|\w+_head|fc|lm_loss)$")
 _HEAD_LINE = re.compile(r"LM(Prediction)?Head$")
 _STAGE = re.compile(r"(^Conv|ResNet|RegNet|Bit|ConvNext|ConvNextV2|HGNetV2|TextNet)Stage$|ResNetEmbeddings$")
 _ONE_OP = re.compile(r"^(Linear|Conv\dd|Dropout)$|(Activation|GELU|SiLU|ReLU|Tanh|Sigmoid|Softmax)$")
@@ -73,7 +74,9 @@ _LOSS_LINE = re.compile(r"\b\w*loss\w* = |\bloss_fct\(|cross_entropy\(")
 _CROSS = re.compile(r"(^|[._])(encoder_attn|cross_?attn|crossattention|cross_attention|encdecattention)([._]|$)|"
                     r"Cross_?Attention", re.IGNORECASE)
 _INTO_SEQUENCE = re.compile(r"masked_scatter\(|torch\.cat\((?!.*mask).*(image|visual|vision|pixel|audio)")
-_LATE = re.compile(r"(matmul\(|mm\(|@).*(image|text|audio)_(embeds|features)|(image|text|audio)_(embeds|features).* @ ")
+_WRITES_INTO = re.compile(r"\w\[.*(image|img|audio).*\] = ")
+_LATE = re.compile(r"(matmul\(|mm\(|einsum\(|@).*(image|text|audio|video)_(embeds|features)|"
+                   r"(image|text|audio)_(embeds|features).* @ ")
 _FEATURES = re.compile(r"products = features @|pairs = ")
 _TOWERS = frozenset({
     "vision_model", "vision_tower", "text_model", "audio_model", "image_encoder", "image_model", "visual"})
@@ -83,9 +86,12 @@ def truths_of(origins: Sequence[Origin], modalities: frozenset[str] | None) -> d
     """Layer -> node -> (kind, instance). Layers that need to know the modalities are empty without them."""
     children: dict[str, set[str]] = defaultdict(set)
     for origin in origins:
-        for path, _ in origin.modules:
+        for path, kind in origin.modules:
             parent, _, leaf = path.rpartition(".")
             children[parent].add(leaf)
+            if "Gated" in kind:
+                children[parent].add(_HALVED)
+                children[path].add(_HALVED)
         if len(origin.shape) == 3 and origin.modules:
             children[origin.modules[-1][0]].add(_TOKENS)
         if origin.modules and ".chunk(2, dim=-1)" in origin.line:
@@ -98,7 +104,11 @@ def truths_of(origins: Sequence[Origin], modalities: frozenset[str] | None) -> d
         several = len(modalities) > 1
         found["fusion"] = _keep((o.name, _fusion(o, several)) for o in origins)
         if several:
-            found["encoder"] = _keep((o.name, _encoder(o, known)) for o in origins)
+            # A tower that another modality is put into is what is encoded for, not an encoder.
+            into = {path for o in origins if found["fusion"].get(o.name, ("", ""))[1].startswith("sequence:")
+                    for path, _ in o.modules}
+            found["encoder"] = _keep((o.name, None if key is None or key[1] in into else key)
+                                     for o in origins for key in [_encoder(o, known)])
     return found
 
 
@@ -128,6 +138,8 @@ def _fusion(origin: Origin, several: bool) -> Key | None:
         return "fusion", f"features:{origin.modules[-1][0] if origin.modules else ''}"
     if not several:
         return None
+    if _WRITES_INTO.search(origin.line):
+        return "fusion", f"sequence:{origin.modules[-1][0] if origin.modules else ''}"
     for path, name in reversed(origin.modules):
         if _TOWERS & set(path.split(".")):
             return None                    # queries and keys of one modality
@@ -165,7 +177,7 @@ def _leaf(node: Origin, children: Mapping[str, Sequence[str]]) -> Key | None:
     if outer and "update" in node.functions and "lazy_initialization" not in node.functions:
         return "kv_cache", outer
     own_table = not any("pos" in name and "drop" not in name for name in children.get(path, ()))
-    if _ADDS_POSITIONS.search(node.line) and kind.endswith("Embeddings") and own_table:
+    if _ADDS_POSITIONS.search(node.line) and kind.endswith(("Embeddings", "Encoder", "Transformer")) and own_table:
         return "positional", f"{path}:positions"
     if _TABLE_LINE.search(node.line):
         return "positional", f"{path}:sines"
@@ -190,6 +202,11 @@ def _leaf(node: Origin, children: Mapping[str, Sequence[str]]) -> Key | None:
         if found is not None:
             return found
     return None
+
+
+def _class_of(node: Origin, where: str) -> str:
+    """Class of the module that holds the module at a path."""
+    return next((what for path, what in node.modules if path == where.rpartition(".")[0]), "")
 
 
 def _attention(node: Origin) -> str:
@@ -236,7 +253,8 @@ def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[
         return ("gated_mlp" if gated else "mlp"), where
     if what.endswith("PositionalConvEmbedding"):
         return "positional", where
-    if _PATCHES.search(what) or (what.startswith("Conv") and re.search(r"patch", leaf)):
+    if _PATCHES.search(what) or (what.startswith("Conv") and (
+            re.search(r"patch", leaf) or (leaf == "proj" and _OF_TOKENS.search(_class_of(node, where))))):
         if what.startswith("Swin2SR"):
             return None                    # its patches are single pixels: a projection
         # Patches that stay an image are a stem or a stage as much: either reading is right.
@@ -246,12 +264,16 @@ def _module_kind(where: str, what: str, leaf: str, path: str, children: Mapping[
         return "mlp", where.rsplit(".", 1)[0]
     if where == path and what == "Linear" and leaf == "pooler":
         return "pooling", where
+    if what == "Sequential" and where.rpartition(".")[2] == "mlp":
+        return "mlp", where
     if _POOLS.search(what):
         return "pooling", next(p for p, k in node.modules if _POOLS.search(k))
     if where == path and _HEAD_LINE.search(what) and "matmul(" in node.line:
         return "logits_head", path
     if where == path and what == "Linear" and _HEADS.search(path) and not re.search(r"layers?\.\d", path):
         return "logits_head", path
-    if _FF_LEAF.match(leaf) and where == path.rsplit(".", 1)[0] and _FF_FIRST & set(children.get(where, ())):
+    inner_modules = any(not name.startswith("(") for name in children.get(path, ()))
+    inside = where == path.rsplit(".", 1)[0] and not inner_modules
+    if inside and _FF_LEAF.match(leaf) and _FF_FIRST & set(children.get(where, ())):
         return "mlp", where
     return None

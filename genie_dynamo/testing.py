@@ -12,6 +12,7 @@ import torch
 from functorch.compile import default_partition
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from genie_dynamo.passes.semantics.engine import EngineReport, run_patterns
 from genie_dynamo.passes.semantics.pattern import Match, NoMatch, Pattern
@@ -36,7 +37,8 @@ class PatternCheck:
 
 
 def check_pattern(pattern: Pattern, *, matches: Iterable[Call] = (), rejects: Iterable[Call] = ()) -> PatternCheck:
-    """Run a pattern on the Dynamo graph and the AOT graph of each call, with and without module paths.
+    """Run a pattern on each call as Dynamo gives it, with module paths and without, after AOTAutograd, and as the ops
+    that eager executes.
 
     Raises: AssertionError where a call of `matches` has no match in one of the captures, one of `rejects` has one, a
             refusal gives no reason, or the pattern raises or is slow.
@@ -86,4 +88,6 @@ def _views(function: Callable[..., Any], arguments: Sequence[Any]) -> list[tuple
     with torch.no_grad():
         torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*arguments)
     torch._dynamo.reset()
+    with torch.no_grad():
+        found.append(("recorded", read_graph(make_fx(function)(*arguments))))
     return found

@@ -1,21 +1,24 @@
 """What a graph means, as plain frozen data: regions, phase, modalities, workload. No torch.
 
-JSON schema, version 1 (`to_json`, `from_json`): an object with the fields of `SemanticGraph` and "schema": 1. A field
+JSON schema, version 2 (`to_json`, `from_json`): an object with the fields of `SemanticGraph` and "schema": 2. Guards
+stand by kind, {"TENSOR_MATCH": ["L['x']", ...]}, since there are thousands (version 1 had a list of triples). A field
 that a later version adds has a default here, one that it drops or renames gets a step in `_MIGRATIONS`; a document of a
 newer version than this release knows is refused.
 """
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from genie_dynamo.core.errors import ConfigError
 from genie_dynamo.core.plan import GuardFacts
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TRUSTED_CONFIDENCE = 0.7
 ASSISTED_DECODE_TOKENS = 16
 
@@ -114,6 +117,7 @@ class SemanticGraph:
     """The regions of a graph, and what they make it.
 
     Fields:  confidence: of the workload.  warnings: what is uncertain and why, and patterns that were disabled.
+             flows: (region that makes a value, region that reads it), by their ids.  guards: ordered by kind.
              phase_rule: where the graph keeps a cache. `phase` is its answer for the captured call.
     """
 
@@ -127,6 +131,11 @@ class SemanticGraph:
     phase_rule: PhaseRule | None = None
     reason: str = ""
     num_nodes: int = 0
+    flows: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        ordered = tuple(sorted(self.guards.guards, key=lambda guard: guard[1]))
+        object.__setattr__(self, "guards", replace(self.guards, guards=ordered))
 
     def of_kind(self, kind: str) -> tuple[Region, ...]:
         return tuple(region for region in self.regions if region.kind == kind)
@@ -141,11 +150,12 @@ class SemanticGraph:
         document["schema"] = SCHEMA_VERSION
         document["regions"] = [_region_document(region) for region in self.regions]
         guards = self.guards
-        document["guards"] = {"guards": guards.guards, "ranges": guards.ranges, "expression": guards.expression}
+        document["guards"] = {
+            "guards": _by_kind(guards.guards), "ranges": guards.ranges, "expression": guards.expression}
         rule = self.phase_rule
         document["phase_rule"] = None if rule is None else {
             "query_length": rule.query_length, "past_length": rule.past_length, "static_cache": rule.static_cache}
-        return json.dumps(document)
+        return _ENCODER.encode(document)
 
     @classmethod
     def from_json(cls, text: str) -> SemanticGraph:
@@ -161,9 +171,9 @@ class SemanticGraph:
         if not isinstance(version, int) or version > SCHEMA_VERSION:
             raise ConfigError(f"a semantic graph of schema {version!r}; this release reads up to {SCHEMA_VERSION}: "
                               "update genie-dynamo", version=version)
-        for step in range(version, SCHEMA_VERSION):
-            document = _MIGRATIONS[step](document)
         try:
+            for step in range(version, SCHEMA_VERSION):
+                document = _MIGRATIONS[step](document)
             return cls(**_values(document))
         except (TypeError, KeyError, AttributeError, ValueError) as exc:
             raise ConfigError(f"a semantic graph of schema {version} with wrong fields: {exc}") from exc
@@ -186,22 +196,41 @@ class SemanticGraph:
         return table(self)
 
 
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+def _by_kind(guards: Iterable[Sequence[str]]) -> dict[str, list[str | tuple[str, str]]]:
+    """Kind -> sources; a guard with code of its own is a pair of both."""
+    found: dict[str, list[str | tuple[str, str]]] = {}
+    for kind, group in itertools.groupby(guards, key=_KIND):
+        found.setdefault(kind, []).extend([(source, code) if code else source for source, _, code in group])
+    return found
+
+
+def _guards_by_kind(document: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 to 2."""
+    guards = document["guards"]
+    return {**document, "guards": {**guards, "guards": _by_kind(guards["guards"])}}
+
+
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _guards_by_kind}
 """Schema version -> how a document of it becomes one of the next."""
 
 _SIMPLE_FIELDS = tuple(f.name for f in fields(SemanticGraph) if f.name not in ("regions", "guards", "phase_rule"))
 _REGION_FIELDS = tuple(f.name for f in fields(Region))
+_REGION_VALUES = operator.attrgetter(*_REGION_FIELDS)
+_KIND = operator.itemgetter(1)
+_ENCODER = json.JSONEncoder(check_circular=False, separators=(",", ":"))     # a tree of plain values
 
 
 def _region_document(region: Region) -> dict[str, Any]:
-    return {name: getattr(region, name) for name in _REGION_FIELDS}
+    return dict(zip(_REGION_FIELDS, _REGION_VALUES(region), strict=True))
 
 
 def _values(document: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: _tuples(value) for name, value in document.items()}
     values["regions"] = tuple(
         Region(**{name: _tuples(value) for name, value in region.items()}) for region in document["regions"])
-    guards = {name: _tuples(value) for name, value in document["guards"].items()}
+    guards = {name: _tuples(value) for name, value in document["guards"].items() if name != "guards"}
+    guards["guards"] = tuple((source, kind, "") if isinstance(source, str) else (source[0], kind, source[1])
+                             for kind, sources in document["guards"]["guards"].items() for source in sources)
     values["guards"] = GuardFacts(**guards)
     rule = document["phase_rule"]
     values["phase_rule"] = None if rule is None else PhaseRule(**rule)

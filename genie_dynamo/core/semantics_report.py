@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import html
-import itertools
 from collections.abc import Sequence
 
 from genie_dynamo.core.semantics import Region, SemanticGraph
@@ -46,18 +45,20 @@ def _row(region: Region) -> str:
 
 
 def dot(graph: SemanticGraph) -> str:
-    """Regions in the order of the graph, inside their containers, as Graphviz text."""
+    """Regions inside their containers, and which reads values of which, as Graphviz text."""
     lines = ["digraph semantics {", "  rankdir=TB; node [shape=box, style=filled, fontname=Helvetica];"]
     containers = {region.parent for region in graph.regions if region.parent}
+    meeting = {name for flow in graph.flows for name in flow}
     for region in graph.regions:
         if region.region_id in containers:
             lines.append(f'  subgraph "cluster_{region.region_id}" {{ label="{_quoted(_title(region))}";')
-            lines += [f"    {_node(child)}" for child in graph.regions if child.parent == region.region_id]
+            inside = [r for r in graph.regions if r.parent == region.region_id and r.region_id not in containers]
+            inside += [region] if region.region_id in meeting else []
+            lines += [f"    {_node(child)}" for child in inside]
             lines.append("  }")
         elif not region.parent:
             lines.append(f"  {_node(region)}")
-    leaves = [region for region in graph.regions if region.region_id not in containers]
-    lines += [f'  "{a.region_id}" -> "{b.region_id}";' for a, b in itertools.pairwise(leaves)]
+    lines += [f'  "{maker}" -> "{reader}";' for maker, reader in graph.flows]
     return "\n".join([*lines, "}"]) + "\n"
 
 
@@ -113,10 +114,15 @@ def _strip(regions: Sequence[Region]) -> str:
     return f'<div class="strip">{blocks}</div><p class="legend">{legend}</p>'
 
 
+def _short(value: float) -> str:
+    """Three digits, without an exponent where it is large."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def _html_row(region: Region) -> str:
     colour = _COLOURS.get(region.kind, _OTHER_COLOUR)
-    flops = "&ndash;" if region.flops is None else f"{region.flops / 1e6:.3g}"
-    moved = "&ndash;" if region.bytes_moved is None else f"{region.bytes_moved / 1e6:.3g}"
+    flops = "&ndash;" if region.flops is None else _short(region.flops / 1e6)
+    moved = "&ndash;" if region.bytes_moved is None else _short(region.bytes_moved / 1e6)
     what = html.escape(", ".join(f"{name} {value}" for name, value in region.annotations))
     nodes = html.escape(" ".join(region.nodes))
     doubt = "" if region.trusted else ' class="doubt"'

@@ -18,6 +18,7 @@ from genie_dynamo.core.plan import GuardFacts
 from genie_dynamo.core.semantics import TRUSTED_CONFIDENCE, PhaseRule, Region, SemanticGraph
 from genie_dynamo.passes.semantics.engine import Clock, EngineReport, Found, run_patterns
 from genie_dynamo.passes.semantics.evidence import weigh_names
+from genie_dynamo.passes.semantics.flows import find_flows
 from genie_dynamo.passes.semantics.fusion import Container, find_encoders, find_fusions
 from genie_dynamo.passes.semantics.learned.opinion import HINT_CONFIDENCE, Hint, hints
 from genie_dynamo.passes.semantics.modality import classify_inputs, flow, label
@@ -80,7 +81,8 @@ class Annotator:
             warnings.append(f"the workload is {workload} with confidence {sure:.2f} only: {why}")
         graph = SemanticGraph(
             workload=workload, confidence=sure, phase=phase, modalities=modalities, regions=regions,
-            guards=guards or GuardFacts(), warnings=tuple(warnings), phase_rule=rule, reason=why,
+            flows=find_flows(view, regions), guards=guards or GuardFacts(), warnings=tuple(warnings), phase_rule=rule,
+            reason=why,
             num_nodes=sum(node.kind == "call" for node in view.nodes))
         return graph, report
 

@@ -59,6 +59,8 @@ def _read(gm: fx.GraphModule, node: fx.Node, index: int, seen: Mapping[fx.Node, 
           names: bool) -> ViewNode:
     path, class_name = _module_of(node) if names else ("", "")
     value = node.meta.get("val", node.meta.get("example_value"))
+    if value is None and node.target is operator.setitem and isinstance(node.args[0], fx.Node):
+        value = _value(node.args[0])           # it returns nothing: who reads it reads what was written into
     shape, hint, dtype = _facts(value)
     common: dict[str, Any] = {"index": index, "name": node.name, "shape": shape, "hint": hint, "dtype": dtype,
                               "path": path, "class_name": class_name}

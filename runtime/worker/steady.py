@@ -35,14 +35,15 @@ class SteadyRun:
     run, result: stencils.  into, frames: where the payload of a message goes, as Channel.receive_stencil takes it.
     """
 
-    def __init__(self, engine: Engine, origin: Repeatable, run: Any, result: Any, returned: Sequence[Any],
-                 resident_bytes: int) -> None:
+    def __init__(self, engine: Engine, origin: Repeatable, program: Any, run: Any, result: Any,
+                 returned: Sequence[Any], resident_bytes: int) -> None:
         self.run, self.result = run, result
         self.into: list[int] = []
         self.frames: list[tuple[int, int]] = []
         self._engine = engine
         self._session = origin.session
         self._program_id, self._template = origin.message.program_id, origin.message.template
+        self._program = program
         self._returned = [tensors.Look(value) for value in returned]
         self._resident_bytes = resident_bytes
         self._fixed: dict[int, Any] = {}                                # numbers, and the memory that `into` points to
@@ -69,15 +70,18 @@ class SteadyRun:
         entry = origin.session.programs.get(origin.message.program_id)
         if run is None or result is None or entry is None or engine.device.type != "cpu":
             return None
-        if entry[1].small.plan.may_write or not all(isinstance(value, torch.Tensor) for value in returned):
+        if entry[1].small.plan.may_write:
             return None              # a message whose payload was written to could not take the ordinary way any more
+        if not all(isinstance(value, torch.Tensor) and _is_plain(value) for value in returned):
+            return None
         for values in (origin.message.arguments, [value for _, value in answer.values]):
             wires = [value[1] for value in values if type(value) is tuple]
             forms = [tensors.form_of(wire) for wire in wires]
             frames = [wire[3] for wire in wires if type(wire[3]) is int]
             if any(form.gaps or form.core != form.shape for form in forms) or frames != [*range(len(frames))]:
                 return None
-        return cls(engine, origin, native.stencil(run), native.stencil(result), returned, answer.resident_bytes)
+        return cls(engine, origin, entry[1], native.stencil(run), native.stencil(result), returned,
+                   answer.resident_bytes)
 
     def carry_out(self, numbers: Sequence[Any], memory: Sequence[Any]) -> Answer | None:
         """Run with a message that has come; None: it has to take the ordinary way.
@@ -86,7 +90,9 @@ class SteadyRun:
         """
         session, (request, call_id) = self._session, numbers
         entry = session.programs.get(self._program_id)
-        if entry is None or call_id in session.cancelled or session.resident_bytes != self._resident_bytes:
+        if entry is None or entry[1] is not self._program:
+            return None
+        if call_id in session.cancelled or session.resident_bytes != self._resident_bytes:
             return None
         env = dict(self._fixed)
         if self._template:
@@ -98,7 +104,7 @@ class SteadyRun:
         try:
             for (value_id, form), frame in zip(self._brought, memory, strict=True):
                 env[value_id] = native.to_tensor(frame).view(form.dtype).as_strided(form.core, form.core_stride)
-            returned, compute_s = self._engine.run_now(entry[1], env, session.resident_bytes)
+            returned, compute_s = self._engine.run_now(self._program, env, session.resident_bytes)
         except Exception:
             return None
         inline: list[Any] = []
@@ -117,3 +123,8 @@ class SteadyRun:
         """The message as it came."""
         header: bytes = self.run.fill([*numbers, *self.into])
         return header
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Whether the memory holds what the tensor says: nothing is conjugated, negated or zero only when it is read."""
+    return not (value.is_conj() or value.is_neg() or value._is_zerotensor())

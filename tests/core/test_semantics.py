@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ GRAPH = SemanticGraph(
                parent="modality_encoder.0"),
         Region(region_id="modality_encoder.0", kind="modality_encoder", nodes=("up", "act"), confidence=0.9,
                reason="alone", phase="decode")),
-    warnings=("mlp.0 is uncertain",), phase_rule=PhaseRule(query_length="s0", past_length="s1"), num_nodes=7)
+    flows=(("attention.0", "mlp.0"),), warnings=("mlp.0 is uncertain",),
+    phase_rule=PhaseRule(query_length="s0", past_length="s1"), num_nodes=7)
 
 
 def test_json_round_trip() -> None:
@@ -34,7 +36,7 @@ def test_json_round_trip() -> None:
 
 @pytest.mark.golden
 def test_json_is_stable(golden: Golden) -> None:
-    golden("semantic_graph_schema_1", json.dumps(json.loads(GRAPH.to_json()), indent=1, sort_keys=True) + "\n")
+    golden("semantic_graph_schema_2", json.dumps(json.loads(GRAPH.to_json()), indent=1, sort_keys=True) + "\n")
 
 
 @pytest.mark.golden
@@ -44,8 +46,9 @@ def test_table(golden: Golden) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("{", "not a semantic graph"), ("[]", "not a semantic graph"), ("{}", "not a semantic graph"),
-    ('{"schema": 99}', "reads up to 1"), ('{"schema": 1}', "wrong fields"), ('{"schema": "1"}', "reads up to"),
-    ('{"schema": 1, "regions": [{"x": 1}], "guards": {}, "phase_rule": null}', "wrong fields")])
+    ('{"schema": 99}', "reads up to 2"), ('{"schema": 2}', "wrong fields"), ('{"schema": "1"}', "reads up to"),
+    ('{"schema": 1}', "wrong fields"),
+    ('{"schema": 2, "regions": [{"x": 1}], "guards": {"guards": {}}, "phase_rule": null}', "wrong fields")])
 def test_other_documents_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SemanticGraph.from_json(text)
@@ -57,9 +60,19 @@ def test_old_documents_are_migrated(monkeypatch: pytest.MonkeyPatch) -> None:
         return document
 
     monkeypatch.setitem(semantics._MIGRATIONS, 0, rename)
-    old = json.loads(GRAPH.to_json())
+    old = json.loads((Path(__file__).parent / "golden" / "semantic_graph_schema_1.txt").read_text())
+    expected = replace(GRAPH, flows=())                # which it did not have
+    assert SemanticGraph.from_json(json.dumps(old)) == expected
     old["schema"], old["task"] = 0, old.pop("workload")
-    assert SemanticGraph.from_json(json.dumps(old)) == GRAPH
+    assert SemanticGraph.from_json(json.dumps(old)) == expected
+
+
+def test_guards_of_every_form_come_back() -> None:
+    guards = GuardFacts(guards=(("L['y']", "TYPE_MATCH", ""), ("L['x']", "TENSOR_MATCH", "x.ndim == 2"),
+                                ("", "GRAD_MODE", "")))
+    graph = SemanticGraph(guards=guards)
+    assert {*graph.guards.guards} == {*guards.guards}
+    assert SemanticGraph.from_json(graph.to_json()) == graph
 
 
 @pytest.mark.parametrize(("query", "past", "static", "phase"), [
@@ -107,3 +120,10 @@ def test_dot_quotes_and_nests() -> None:
     assert text.count("{") == text.count("}") == 2
     assert 'subgraph "cluster_modality_encoder.0"' in text
     assert '"attention.0" [label="attention.0\\nself\\nlayers.0.attn"' in text
+    assert '"attention.0" -> "mlp.0";' in text and text.count("->") == 1
+
+
+def test_a_document_of_before_flows_is_read() -> None:
+    old = json.loads(GRAPH.to_json())
+    del old["flows"]
+    assert SemanticGraph.from_json(json.dumps(old)).flows == ()

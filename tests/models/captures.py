@@ -171,6 +171,9 @@ def _shape_of(value: torch.Tensor) -> torch.Tensor:
 def _outputs(out: Any) -> Iterator[Any]:
     """The tensors of a model's output, with those of a cache that it returns."""
     for value in out.values() if isinstance(out, dict) else [out]:
+        if isinstance(value, dict):
+            yield from _outputs(value)
+            continue
         parts = (getattr(value, "self_attention_cache", value), getattr(value, "cross_attention_cache", None))
         layers = [layer for part in parts for layer in getattr(part, "layers", ())]
         yield [v for layer in layers for v in vars(layer).values()] if layers else value

@@ -10,6 +10,7 @@ from genie_dynamo.passes.semantics.view import GraphView, ViewNode
 _IDS = ELEMENTWISE | VIEWS | {
     "index", "ne", "eq", "gt", "lt", "floor_divide", "abs", "min", "full_like", "zeros_like"}
 _COUNTS = frozenset({"arange", "cumsum"})
+_ADDED = VIEWS | {"add", "sub", "cat"}
 _SEGMENT_ROWS = 4
 
 
@@ -50,6 +51,9 @@ def _table_and_ids(node: ViewNode) -> tuple[ViewNode, ViewNode]:
 def _counts_positions(view: GraphView, ids: ViewNode) -> bool:
     """Whether the ids are counted, not given: from arange, a running sum, or a buffer that is as good as one."""
     sources = [ids, *view.backward(ids, _IDS, 64)]
+    if any(n.kind == "input" and n.op == "input" and n.is_int and n.rank >= 2
+           for n in (ids, *view.backward(ids, _ADDED, 32))):
+        return False                       # given ids, each with a table of its own or beside others that are counted
     if any(n.op in _COUNTS for n in sources):
         return True
     return ids.static and any(n.kind != "call" and n.is_int for n in sources) and \

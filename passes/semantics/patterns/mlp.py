@@ -44,8 +44,9 @@ def match_mlp(view: GraphView, node: ViewNode) -> Outcome:
     if node not in block.inner:
         return NoMatch("the activation is beside the path between the linear layers")
     gated = _gated(block)
-    if block.normalised and not gated:
-        return NoMatch("a normalised activation without a gate: no linear layer reads it as it is")
+    if block.normalised and not gated and not _joins_residual(view, down):
+        return NoMatch("a normalised activation without a gate, and its result joins no residual stream: no linear "
+                       "layer reads it as it is")
     if _above_is_activated(view, block.ups[0]):
         return NoMatch("it continues a tower that starts further up")
     earlier = [n for n in block.inner if n.op == node.op and n.index < node.index]
@@ -97,6 +98,12 @@ def _read_by(view: GraphView, linear: ViewNode) -> ViewNode:
     """What a linear layer reads; of two in a row, as an adapter of low rank has them, what the first one reads."""
     source = linear_source(view, linear)
     return linear_source(view, source) if is_linear(source) else source
+
+
+def _joins_residual(view: GraphView, down: ViewNode) -> bool:
+    """Whether the result is added to another value: a block's, not a head's."""
+    return any(n.op == "add" and sum(not p.static for p in dict.fromkeys(n.inputs)) > 1
+               for n in view.forward(down, VIEWS, 8))
 
 
 def _above_is_activated(view: GraphView, linear: ViewNode) -> bool:

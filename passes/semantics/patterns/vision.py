@@ -56,7 +56,9 @@ def match_pooling(view: GraphView, node: ViewNode) -> Outcome:
     if source.rank == 4 and positions in ({2}, {3}):
         return _one_side(view, node, source)
     sequence = source.rank == 3 and (positions == {1} or (positions == {2} and _channels_first(view, source)))
-    if not image and not sequence:
+    frames = source.rank == 4 and positions == {1} and not _channels_first(view, source) and \
+        view.through_views(source).op != "softmax"         # the mean of heads' weights
+    if not image and not sequence and not frames:
         return NoMatch(f"a mean over dims {sorted(positions)} of {source.rank}: not over positions")
     return Match(kind="pooling", core=(node,), confidence=0.9, annotations={"variant": "mean"},
                  reason="a mean over positions")

@@ -227,7 +227,7 @@ class NormalisedTransform(nn.Module):
         self.dense, self.norm, self.out = nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(self.norm(F.gelu(self.dense(x))))  # type: ignore[no-any-return]
+        return self.out(self.norm(F.gelu(self.dense(x))))  # type: ignore[no-any-return]
 
 
 class RootMeanSquare(nn.Module):

@@ -261,6 +261,21 @@ def test_rows_that_stay_a_sequence_make_no_sure_recommender() -> None:
         assert any("may be text" in warning for warning in graph.warnings)
 
 
+def test_flows_follow_values_through_the_residual_stream() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = b.Attention(), b.FeedForward(gated=False), b.FeedForward(gated=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.first(x)
+            x = x + self.second(x)
+            return x + self.third(x)  # type: ignore[no-any-return]
+
+    for graph in graphs(Block(), b.hidden()).values():
+        assert graph.flows == (("attention.0", "mlp.0"), ("mlp.0", "mlp.1"))
+
+
 def test_a_detector_has_backbone_neck_and_head() -> None:
     model, inputs = handwritten.build("detector")
     for graph in graphs(model, inputs).values():

@@ -64,6 +64,44 @@ class AdaptedGate(nn.Module):
         return self.down(nn.functional.gelu(gate) * value)  # type: ignore[no-any-return]
 
 
+class NormalisedMLP(nn.Module):
+    """A block whose activation is normalised before its second layer, without a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(D, 2 * D), nn.LayerNorm(2 * D), nn.Linear(2 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.norm(nn.functional.gelu(self.up(x))))  # type: ignore[no-any-return]
+
+
+class PromptedLookup(nn.Module):
+    """Ids behind a counted prompt: the table holds words, not positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(50, D), nn.Linear(D, D)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        prompt = torch.arange(3).repeat(ids.shape[0], 1)
+        return self.linear(self.table(torch.cat([prompt, ids], 1)))  # type: ignore[no-any-return]
+
+
+class PooledFrames(nn.Module):
+    """The mean over the frames of a film, each a sequence of tokens."""
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return frames.mean(dim=1)
+
+
+class MeanOfHeads(Attention):
+    """The weights of attention, on average over the heads."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        return weights @ v + weights.mean(dim=1).sum()
+
+
 class PooledMask(nn.Module):
     """Which groups of positions hold anything."""
 
