@@ -46,8 +46,9 @@ def lane(params: Mapping[str, Any]) -> Step:
         stack.enter_context(networks.thread_inside(own[-1]))
     os.environ["LANE_DIGEST"] = str(int(params["digest"]))
     os.environ["LANE_LOSS"] = str(params["loss"])
-    kind = f"dpdk:{params['port']}"
-    peer = Peer(kind + (f":{here}" if here else ""), there=kind + (f":{there}" if there else ""), prefix=other)
+    port = params["port"]
+    peer = Peer(f"{params.get('owner', 'dpdk')}:{port}" + (f":{here}" if here else ""),
+                there=f"dpdk:{port}" + (f":{there}" if there else ""), prefix=other)
     stack.callback(peer.close)
     payload = bytearray(range(256)) * (params["size"] // 256)
 
@@ -65,7 +66,7 @@ def lane(params: Mapping[str, Any]) -> Step:
     def facts() -> Mapping[str, float]:
         counters = peer.channel.statistics()
         names = ("chunks_sent_again", "timeouts", "not_taken", "no_buffer")
-        return {"cpu_s": cpu_s} | {name: counters[name] for name in names}
+        return {"cpu_s": cpu_s} | {name: counters.get(name, 0) for name in names}
 
     for _ in range(WARMUP):
         seconds()
@@ -101,6 +102,8 @@ def run(settings: Settings) -> Iterator[Case]:
         raise NotInstalledError(why)
     for port in ("memif",) if settings.quick or networks.why_no_namespaces() else ("memif", "af_packet"):
         yield _bulk(settings, port, 64 * MIB)
+    for size in (1024, 4 * MIB):
+        yield _owners(settings, size)
 
 
 def _bulk(settings: Settings, port: str, size: int) -> Case:
@@ -129,3 +132,16 @@ def _bulk(settings: Settings, port: str, size: int) -> Case:
                 series=seen.series, ratios=tuple(ratios), targets=tuple(targets), skipped=seen.skipped,
                 per_call=seen.per_call, notes=(f"GB/s: {rates}", f"CPU seconds per GB, both ends: {cpu}",
                                                "frames are lost by the sending ports, not by the network"))
+
+
+def _owners(settings: Settings, size: int) -> Case:
+    """What ADR 8 decides: DPDK in the process that sends, or in a sidecar that has its messages over shm."""
+    params = {"port": "memif", "size": size, "loss": 0.0, "digest": False}
+    sides = [Side(module=__name__, factory="lane", name="in the process", params=params),
+             Side(module=__name__, factory="lane", name="in a sidecar", params={**params, "owner": "sidecar"})]
+    seen = measure(settings, sides, blocks=2, samples=200 if size < MIB else 20, settle=3)
+    cpu = ", ".join(f"{label} {facts['cpu_s'] * 1e6:.0f}" for label, facts in seen.per_call.items())
+    label = f"{size // MIB} MiB" if size >= MIB else f"{size} bytes"
+    return Case(bench="dpdk", title=f"{label} one way over memif, answered by one byte: who owns the port", threads=1,
+                pinned=False, series=seen.series, ratios=(seen.ratio("in a sidecar", "in the process"),), targets=(),
+                per_call=seen.per_call, notes=(f"CPU microseconds a payload, all processes: {cpu}",))

@@ -57,6 +57,13 @@ class Peer:
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self.socket.connect(endpoint)
 
+    def part(self) -> None:
+        """Give this process's threads one core and the other's another. Raises: ValueError where there is only one."""
+        first, second, *_ = sorted(os.sched_getaffinity(0))
+        for pid, cpu in ((os.getpid(), first), (self._process.pid, second)):
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(task.name), {cpu})
+
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._context.destroy(linger=0)

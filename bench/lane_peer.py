@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.sidecar import Sidecar
+
 SOURCE = Path(__file__).parent / "raw_socket.c"
 
 
@@ -55,10 +57,13 @@ def serve(kind: str, address: str, folder: str) -> None:
                 copy = bytearray(len(frames[0]))
             memoryview(copy)[:] = memoryview(frames[0])
         elif frames:
-            view = memoryview(frames[0])
-            header = bytes((view[0] ^ view[-1],))
-        del frames, came
+            header = _ends(memoryview(frames[0]))
+        del frames, came             # and with them the sender's memory, which its next payload fills while it is warm
         channel.send([header])
+
+
+def _ends(payload: memoryview) -> bytes:
+    return bytes((payload[0] ^ payload[-1],))
 
 
 def listen(kind: str, address: str) -> Any:
@@ -104,7 +109,10 @@ class Peer:
     """Such a process, and this process's end of the way to it.
 
     Args: there: its KIND, where that is another one.  prefix: before its command, as `ip netns exec NAME`.
+        kind: "sidecar:PORT" for a port that a process between owns (sidecar.py).
     """
+
+    _sidecar: Sidecar | None = None
 
     def __init__(self, kind: str, spin_s: float = 0.0, there: str = "", prefix: Sequence[str] = ()) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="bench-")
@@ -127,19 +135,25 @@ class Peer:
             dpdk.use_port(kind.removeprefix("dpdk:"))
             self.channel = dpdk.connect(where, 10.0, os.environ.get("LANE_DIGEST") == "1")
             lose(kind)
+        elif kind.startswith("sidecar:"):
+            self._sidecar = Sidecar(kind.removeprefix("sidecar:"), where)
+            self.channel = self._sidecar.channel
         else:
             from genie_dynamo import _native
 
             self.channel = _native.connect(kind, where, 10.0)
 
     def cpu_s(self) -> float:
-        """CPU seconds of both ends."""
+        """CPU seconds of both ends, and of what is between them."""
         from bench import procfs
 
-        return time.process_time() + procfs.cpu_s(self._process.pid)
+        between_s = self._sidecar.cpu_s() if self._sidecar is not None else 0.0
+        return time.process_time() + procfs.cpu_s(self._process.pid) + between_s
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
+        if self._sidecar is not None:
+            self._sidecar.close()
         self._process.stdin.close()
         self._process.wait(10)
         self._process.stdout.close()

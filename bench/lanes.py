@@ -1,7 +1,8 @@
 """Lanes alone, between two processes: payload against memcpy and a bare C socket, 1 KB there and back against ZeroMQ.
 
 "shm" copies the payload into shared pages once and the receiver reads it there; "shm, both copy" has the receiver copy
-it out as well; "shm, in place" sends memory that was the lane's from the start. CPU seconds are those of both ends.
+it out as well; "shm, in place" sends memory that was the lane's from the start: what each payload costs whatever
+its size: waking the other end, and its answer. CPU seconds are those of both ends.
 """
 from __future__ import annotations
 
@@ -161,9 +162,11 @@ def _bulk(settings: Settings, size: int) -> Case:
     targets = [ratio_target(f"{size // MIB} MiB over shm, one copy, over memcpy", shm, SHM_OVER_MEMCPY)]
     if size >= 4 * MIB:
         targets.append(ratio_target(f"{size // MIB} MiB over tcp over a raw C socket", tcp, TCP_OVER_RAW))
+    copy_s = seen.series["shm"].median - seen.series["shm, in place"].median
     rates = ", ".join(f"{label} {size / s.median / 1e9:.2f}" for label, s in seen.series.items())
     cpu = ", ".join(f"{label} {facts['cpu_s'] / size * 1e9:.3f}" for label, facts in seen.per_call.items()
                     if "cpu_s" in facts)
     return Case(bench="lanes", title=f"{size // MIB} MiB one way, with an answer of one byte", threads=1, pinned=False,
                 series=seen.series, ratios=(shm, seen.ratio("shm, in place", "memcpy"), tcp), targets=tuple(targets),
-                per_call=seen.per_call, notes=(f"GB/s: {rates}", f"CPU seconds per GB, both ends: {cpu}"))
+                per_call=seen.per_call, notes=(f"GB/s: {rates}", f"CPU seconds per GB, both ends: {cpu}",
+                       f"shm less what it costs in place: {copy_s / seen.series['memcpy'].median:.2f} of memcpy"))

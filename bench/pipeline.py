@@ -23,7 +23,7 @@ from typing import Any
 from bench.harness import ROOT, Case, Measurement, Settings, Side, Step, Target, measure
 
 LIMIT_X = 1 / 0.9
-PARTS = 8
+PARTS = 4
 _CALLS = 6             # of each caller in a sample
 
 

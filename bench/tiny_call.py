@@ -3,10 +3,12 @@
 Floor: a bare pyzmq DEALER/ROUTER echo of 1 KB with a process over the same kind of transport. What is left is
 what the client (guards, argument check, message) and the worker (message, run, message) add. "pyzmq ipc, op run" is
 the same echo with the op between: two processes that use torch leave each other's caches and the sockets' code cold,
-and this side shows how much of the distance from the floor that is.
+and this side shows how much of the distance from the floor that is. "pyzmq ipc, a core each" is the echo with all
+threads of either end on a core of their own, as genie's ends lie; where the scheduler puts them otherwise varies.
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from bench.harness import BUSY_POLL_S, Case, Settings, Side, Step, measure, rati
 
 LIMIT_OVER_FLOOR = 1.6
 OP_RUN = "pyzmq ipc, op run"
+APART = "pyzmq ipc, a core each"
 POLLING = "genie ipc, busy polling"
 
 
@@ -52,6 +55,8 @@ def pyzmq(params: Mapping[str, Any]) -> Step:
         recv()
 
     call()
+    if params.get("apart"):
+        peer.part()
     return Step(call=call, close=peer.close)
 
 
@@ -68,6 +73,9 @@ def run(settings: Settings) -> Iterator[Case]:
             params = {**common, "transport": kind}
             sides += [Side(module=__name__, factory="pyzmq", name=f"pyzmq {kind}", params=params),
                       Side(module=__name__, factory="genie", name=f"genie {kind}", params=params)]
+        if not (pinned or settings.quick) and len(os.sched_getaffinity(0)) > 1:
+            sides.append(Side(module=__name__, factory="pyzmq", name=APART, params={
+                **common, "transport": "ipc", "apart": True}))
         if not pinned:
             sides.append(Side(module=__name__, factory="genie", name=POLLING, params={
                 **common, "busy_poll_s": BUSY_POLL_S}))
@@ -82,6 +90,8 @@ def run(settings: Settings) -> Iterator[Case]:
             targets.append(ratio_target(f"tiny call over the pyzmq floor ({kind})", over_floor, LIMIT_OVER_FLOOR))
         if POLLING in seen:
             ratios.append(seen.ratio(POLLING, "pyzmq ipc"))
+        if APART in seen:
+            ratios.append(seen.ratio("genie ipc", APART))
         if OP_RUN in seen:
             ratios.append(seen.ratio("genie ipc", OP_RUN))
         yield Case(bench="tiny_call", title="1 KB in, one op, 1 KB out", threads=threads, pinned=pinned,

@@ -88,6 +88,7 @@ class PlacedGraph:
         self._found: Partition | None = None
         self._priced_with: worker_facts.Facts | None = None
         self._unpriced = config.policy == "min_cost"      # whether prices are still to be looked for
+        self._unwatched = config.observe and not self._symbols.names     # with one worker; placing watches with several
         self._held: Held | None = None                    # where the state of the call lay that was priced
         self._sizes_seen: set[tuple[tuple[str, int], ...]] = set()
 
@@ -123,6 +124,9 @@ class PlacedGraph:
                 self._place(session, args)
             finally:
                 self._lock.release()
+        elif self._unwatched:
+            self._unwatched = False
+            observing.watch(session, self)
         if self.observed:
             self.symbol_values = self._symbols(args)
             if len(self._sizes_seen) < 2:

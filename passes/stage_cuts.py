@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 
 from genie_dynamo.core.cost_graph import CostGraph, Device
 
-_NEAR = 1         # cuts this many weights beside the balanced ones are offered too
+_NEAR = 1         # cuts this many steps beside the balanced ones are offered too; a step is what one node reads
 
 
 def stage_cuts(gm: fx.GraphModule, graph: CostGraph, devices: Sequence[Device],
@@ -28,19 +28,22 @@ def stage_cuts(gm: fx.GraphModule, graph: CostGraph, devices: Sequence[Device],
     """
     nodes = [n for n in gm.graph.nodes if n.name in graph.index]
     read_by = _readers(gm, weights)
-    order = list(dict.fromkeys(w for n in nodes for w in read_by.get(n.name, ())))
-    if len(order) < 2:
+    own: dict[str, int] = {}
+    for node in nodes:                           # weights that one node reads first (with its bias) go together
+        new = [w for w in read_by.get(node.name, ()) if w not in own]
+        own.update(dict.fromkeys(new, max(own.values(), default=-1) + 1))
+    num_units = max(own.values(), default=-1) + 1
+    if num_units < 2:
         return
-    own = {weight: number for number, weight in enumerate(order)}
     bytes_of = {e.src: e.size_bytes or 0 for e in graph.edges}
     finest = _follow(nodes, graph, read_by, own, bytes_of)
-    for count in range(2, min(len(devices), len(order)) + 1):
+    for count in range(2, min(len(devices), num_units) + 1):
         used = devices[:count]
-        load = [0.0] * len(order)
+        load = [0.0] * num_units
         for node in nodes:
             seconds = graph.nodes[graph.index[node.name]].seconds
             load[finest[node.name]] += max((seconds.get(d.kind) or 0.0 for d in used), default=0.0)
-        for cuts in _near(_balanced(load, count), len(order)):
+        for cuts in _near(_balanced(load, count), num_units):
             stage = {w: sum(number >= cut for cut in cuts) for w, number in own.items()}
             placed = _follow(nodes, graph, read_by, stage, bytes_of)
             if _possible(placed, graph, used):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from genie_dynamo.core.errors import ProtocolError
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 RESIDENT = 0
 INLINE = 1
@@ -202,6 +202,7 @@ class Probe(NamedTuple):
     request: int
     address: str
     key: str                                 # the other worker's public key, or ""
+    offers: tuple[Any, ...]                  # native lanes that it offers: (name, version, address), best first
     size_bytes: int
 
 
@@ -261,7 +262,7 @@ _FIELD_TYPES: dict[str, Any] = {
     "incoming": tuple, "frees": tuple, "values": tuple, "kept": tuple, "compute_s": _NUMBER, "queue_s": _NUMBER,
     "resident_bytes": int, "kind": str, "message": str, "value_id": int, "tensors": tuple, "value": object,
     "info": object, "template": int, "lanes": tuple, "fresh": bool, "address": str, "key": str, "size_bytes": int,
-    "state": tuple, "evicted": tuple,
+    "state": tuple, "evicted": tuple, "offers": tuple,
 }
 _CHECKS: tuple[tuple[Any, ...], ...] = tuple(tuple(_FIELD_TYPES[f] for f in cls._fields) for cls in _TYPES)
 _PAIR_FIELDS = frozenset({"keeps", "incoming", "frees", "tensors", "evicted"})

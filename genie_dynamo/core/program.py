@@ -75,6 +75,14 @@ def _int(value: Any) -> int:
     return value
 
 
+def read_offers(lanes: Any) -> Offers:
+    """Raises: ProtocolError where these are no native lanes."""
+    try:
+        return _offers(lanes)
+    except (TypeError, ValueError) as exc:
+        raise ProtocolError(f"not what a worker offers: {exc}") from exc
+
+
 def _offers(lanes: Any) -> Offers:
     return tuple((str(name), _int(version), str(address)) for name, version, address in lanes)
 

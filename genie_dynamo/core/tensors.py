@@ -113,6 +113,23 @@ class Form(NamedTuple):
     size_bytes: int
 
 
+class Look:
+    """What a tensor looks like: who knows how to send it knows how to send all that look like it."""
+
+    __slots__ = ("_dtype", "_keys", "_shape", "_stride", "size_bytes")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._dtype, self._shape, self._stride = tensor.dtype, tensor.shape, tensor.stride()
+        self._keys = _dispatch_keys(tensor).raw_repr()      # device, layout, conjugation, inference mode, subclasses
+        self.size_bytes = tensor.nbytes
+
+    def fits(self, value: Any) -> bool:
+        """Whether this is a tensor that looks the same."""
+        return (isinstance(value, torch.Tensor) and value.dtype is self._dtype and value.shape == self._shape
+                and value.stride() == self._stride and _dispatch_keys(value).raw_repr() == self._keys)
+
+
+_dispatch_keys: Any = torch._C._dispatch_keys
 _forms: dict[Any, Form] = {}
 _MAX_FORMS = 1024
 

@@ -219,16 +219,20 @@ def meta_of(own: Layout) -> Tensor:
     return torch.empty_strided(own.shape, own.stride, dtype=own.dtype, device="meta")
 
 
+_FORMAT_OF_THE_CPU = frozenset({aten.convolution.default, aten.convolution_backward.default})
+"""Their meta kernels know nothing of channels_last; as fake tensors of the CPU they do."""
+
+
 def infer(target: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """What the op makes of meta tensors. Raises: eager's errors; DataDependentError."""
     if target is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
         raise DataDependentError(str(target))          # its meta kernel says so in a plain RuntimeError
-    if target.namespace == "aten":
+    if target.namespace == "aten" and target not in _FORMAT_OF_THE_CPU:
         try:
             return target(*args, **kwargs)
         except NotImplementedError:
             pass
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=target not in _FORMAT_OF_THE_CPU)     # else no dtypes are compared
     with mode:
         moved = [_as_fake(mode, leaf) for leaf in (args, kwargs)]
         try:

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "bindings/stencil.h"
 #include "gpu/driver.h"
 #include "lane/channel.h"
 #include "lane/fork.h"
@@ -47,6 +48,23 @@ py::object to_python(Message&& message, bool whole) {
   if (message.buffers.empty()) return py::make_tuple(py::bytes(), std::move(frames));
   const Buffer& head = message.buffers.front();
   return py::make_tuple(py::bytes(reinterpret_cast<const char*>(head.data), head.size_bytes), std::move(frames));
+}
+
+std::uint64_t post(Channel& self, std::vector<Slice>& slices, const SendOptions& options, double timeout_s) {
+  Posted posted = Posted::kAccepted;
+  std::uint64_t id = 0;
+  {
+    const py::gil_scoped_release release;
+    id = self.send(slices, options, deadline_in(timeout_s), posted);
+    slices.clear();
+  }
+  HeldBuffers::sweep();
+  if (posted == Posted::kClosed) raise_closed(self);
+  if (posted == Posted::kRefused) {
+    throw LaneError(std::string("the ") + std::string(self.capabilities().name) + " lane took nothing: " +
+                    name_of(posted));
+  }
+  return id;
 }
 
 py::object receive(Channel& self, double timeout_s, double spin_s, bool whole) {
@@ -118,22 +136,9 @@ void bind_lanes(py::module_& module) {
              int priority, double deadline_s, bool watch) {
             HeldBuffers::sweep();
             std::vector<Slice> slices = HeldBuffers::hold(parts);
-            Posted posted = Posted::kAccepted;
-            std::uint64_t id = 0;
-            {
-              const py::gil_scoped_release release;
-              const SendOptions options{epoch, digest, static_cast<Priority>(std::clamp(priority, 0, 2)),
-                                        deadline_in(deadline_s), watch};
-              id = self.send(slices, options, deadline_in(timeout_s), posted);
-              slices.clear();
-            }
-            HeldBuffers::sweep();
-            if (posted == Posted::kClosed) raise_closed(self);
-            if (posted == Posted::kRefused) {
-              throw LaneError(std::string("the ") + std::string(self.capabilities().name) + " lane took nothing: " +
-                              name_of(posted));
-            }
-            return id;
+            const SendOptions options{epoch, digest, static_cast<Priority>(std::clamp(priority, 0, 2)),
+                                      deadline_in(deadline_s), watch};
+            return post(self, slices, options, timeout_s);
           },
           py::arg("parts"), py::arg("timeout_s") = 30.0, py::arg("epoch") = 0, py::arg("digest") = false,
           py::arg("priority") = 1, py::arg("deadline_s") = std::numeric_limits<double>::infinity(),
@@ -159,6 +164,46 @@ void bind_lanes(py::module_& module) {
             return got == Channel::Got::kNothing ? py::none() : to_python(std::move(message), false);
           },
           "As receive, without waiting.")
+      .def(
+          "send_stencil",
+          [](Channel& self, const Stencil& stencil, const py::sequence& values, const py::sequence& frames,
+             double timeout_s, bool digest) {
+            HeldBuffers::sweep();
+            std::vector<Slice> slices = frames.empty() ? std::vector<Slice>() : HeldBuffers::hold(frames);
+            slices.insert(slices.begin(), filled_slice(stencil, values));
+            SendOptions options;
+            options.digest = digest;
+            return post(self, slices, options, timeout_s) != 0;
+          },
+          py::arg("stencil"), py::arg("values"), py::arg("frames"), py::arg("timeout_s"), py::arg("digest"),
+          "Post a filled stencil, and buffers as in send. False where there was no room in time. Raises: LaneError.")
+      .def(
+          "receive_stencil",
+          [](Channel& self, const Stencil& stencil, const py::sequence& into, std::uint64_t first,
+             const py::sequence& frames, double timeout_s, double spin_s) -> py::object {
+            const Landing landing(stencil, into, first, frames);
+            Message message;
+            Channel::Got got = Channel::Got::kNothing;
+            bool landed = false;
+            {
+              const py::gil_scoped_release release;
+              got = timeout_s < 0 ? self.try_receive(message)
+                                  : self.receive(message, deadline_in(timeout_s),
+                                                 std::chrono::microseconds(static_cast<std::int64_t>(spin_s * 1e6)));
+              if (got == Channel::Got::kMessage) landed = landing.land(message);
+            }
+            HeldBuffers::sweep();
+            if (got == Channel::Got::kClosed) raise_closed(self);
+            if (got == Channel::Got::kNothing) return py::none();
+            if (!landed) return to_python(std::move(message), false);
+            py::tuple values = landing.values(message);
+            return py::make_tuple(std::move(values), landing.frames(std::move(message)));
+          },
+          py::arg("stencil"), py::arg("into"), py::arg("first"), py::arg("frames"), py::arg("timeout_s"),
+          py::arg("spin_s") = 0.0,
+          "As receive (as try_receive with a timeout below 0), and where the message is the stencil's, with `first` as "
+          "its first number unless that is 0: its memory goes to the addresses `into`, its frames to `frames`, (address "
+          "or 0, size in bytes) each, and the result is (numbers and reals, frames that had no address).")
       .def(
           "wait_ended",
           [](Channel& self, std::uint64_t id, double timeout_s) {
@@ -190,6 +235,8 @@ void bind_lanes(py::module_& module) {
             return buffer.data == nullptr ? py::object(py::none()) : py::cast(std::move(buffer));
           },
           "Memory that this lane sends from without a copy; None where there is none now.")
+      .def("tidy", &Channel::tidy, py::call_guard<py::gil_scoped_release>(),
+           "Give back memory that nothing has needed for a while. What has come meanwhile is not told of by fileno().")
       .def("close", &Channel::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("closed", &Channel::closed)
       .def_property_readonly("close_reason", &Channel::close_reason)
@@ -202,6 +249,7 @@ void bind_lanes(py::module_& module) {
         return row;
       }, "What the lane has counted; a dpdk lane adds its session's and its port's counters.");
 
+  bind_stencil(module);
   py::class_<PyListener>(module, "Listener")
       .def("accept",
            [](const PyListener& self) -> py::object {

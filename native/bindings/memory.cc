@@ -1,6 +1,7 @@
 // Memory: what arrived, what a lane or a pool lends, as Python buffers; and Python buffers as slices.
 #include <pybind11/pybind11.h>
 
+#include <cstring>
 #include <mutex>
 #include <utility>
 
@@ -106,6 +107,17 @@ void bind_memory(py::module_& module) {
       "in_foreign_pages",
       [](std::uintptr_t address) { return in_foreign_pages(reinterpret_cast<const void*>(address)); },
       "Whether an address lies in another process's pages, which must not be written to.");
+  module.def(
+      "copy_blocks",
+      [](std::uintptr_t to, std::size_t to_step, std::uintptr_t from, std::size_t from_step, std::size_t size_bytes,
+         std::size_t count) {
+        auto* target = reinterpret_cast<std::byte*>(to);
+        const auto* source = reinterpret_cast<const std::byte*>(from);
+        const py::gil_scoped_release release;
+        for (std::size_t i = 0; i < count; ++i) std::memcpy(target + i * to_step, source + i * from_step, size_bytes);
+      },
+      py::arg("to"), py::arg("to_step"), py::arg("from"), py::arg("from_step"), py::arg("size_bytes"), py::arg("count"),
+      "Copy `count` blocks of `size_bytes`, whose addresses lie so many bytes apart. By the calling thread alone.");
   module.def("landing_statistics", [] { return to_dict(landing_statistics()); },
              "The numbers of the pool that received payload lands in.");
   module.def("pin_segments", [] {

@@ -11,6 +11,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Lanes and registered memory (used through genie_dynamo.runtime.lanes), and the search for placements.";
   module.attr("LANE_VERSION") = genie::kLaneVersion;
+  module.attr("API_VERSION") = genie::kApiVersion;
   py::register_exception<genie::LaneError>(module, "LaneError", PyExc_OSError);
   module.def(
       "crc32c",

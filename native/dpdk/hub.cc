@@ -117,10 +117,10 @@ bool Hub::is_lost() noexcept {
 
 std::size_t Hub::pump() noexcept {
   if (!is_open_) return 0;
-  std::size_t moved = 0;
+  std::size_t moved = 0, came = 0;
   for (std::size_t i = 0; i < kBurstsPerLook; ++i) {
     const Nanoseconds now = now_ns();
-    const std::size_t came = port_.receive([&](const Mac& from, std::span<const std::byte> bytes) {
+    came = port_.receive([&](const Mac& from, std::span<const std::byte> bytes) {
       receive(now, from, bytes);
     });
     moved += came;
@@ -128,6 +128,10 @@ std::size_t Hub::pump() noexcept {
   }
   port_.flush();   // what was answered to frames of no session
   const Nanoseconds now = now_ns();
+  if (is_alone_ && came < Port::kBurst) {   // what it had sent before, a goodbye among it, was taken
+    for (Client* client : clients_) client->session_.close(End::kPeerLost);
+  }
+  is_alone_ = !port_.has_peer(now);
   bool has_room = true;
   for (std::size_t i = 0; i < clients_.size(); ++i) {   // a client may leave in on_event
     Client& client = *clients_[i];

@@ -71,6 +71,7 @@ class Hub {
   void detach(Client& client) noexcept { std::erase(clients_, &client); }
   void listen(std::uint64_t token, Greeter& greeter) { greeters_.push_back({token, &greeter}); }
   void unlisten(Greeter& greeter) noexcept;
+  void join(Fd peer) noexcept { port_.join(std::move(peer)); }   // memif: see Port
   // Moves what can be moved now; returns how many frames came or went.
   std::size_t pump() noexcept;
 
@@ -91,6 +92,7 @@ class Hub {
   std::condition_variable wake_;
   bool stop_ = false;
   bool is_open_ = true;
+  bool is_alone_ = false;   // the process at the other end of a memif has ended
   Port port_;
   std::vector<Client*> clients_;
   std::vector<Waiting> greeters_;

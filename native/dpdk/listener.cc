@@ -1,6 +1,7 @@
 // How two ends find each other. An address says all that the other end has to know, and how to prove that it was told:
 //
-//     memif|SOCKET                 a Unix socket, over which the listener says which memif it has made for who connects
+//     memif|SOCKET                 a Unix socket, over which the listener says which memif it has made for who connects,
+//                                  and over which the drivers of the two are joined then (memif_control.h)
 //     KIND|MAC|TOKEN               the port's address and a secret that the hello must name
 #include <poll.h>
 #include <sys/epoll.h>
@@ -32,6 +33,7 @@ using protocol::Role;
 constexpr std::size_t kMaxPending = 64;       // sessions that were begun and not accepted yet
 constexpr std::size_t kMaxMemifName = 100;    // sun_path, less what we append
 constexpr std::size_t kMaxGreeting = 4;       // each has a port already
+constexpr std::size_t kMaxGreetingBytes = 256;
 constexpr auto kGreetingTime = std::chrono::seconds(2);
 
 template <typename T>
@@ -164,7 +166,7 @@ class MemifListener final : public Listener {
     if (::stat(directory.c_str(), &facts) != 0 || (facts.st_mode & 077) != 0 || facts.st_uid != ::geteuid()) {
       throw LaneError("memif has no checks against its peer: " + directory + " must be a directory of yours with mode 0700");
     }
-    socket_.reset(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    socket_.reset(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
     const sockaddr_un address = unix_address(path_);
     if (!socket_.valid() || ::bind(socket_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 ||
         ::listen(socket_.get(), 16) != 0) {
@@ -176,7 +178,6 @@ class MemifListener final : public Listener {
   ~MemifListener() override {
     if (generation_ != fork_generation()) return;
     ::unlink(path_.c_str());
-    for (unsigned i = 0; i < served_; ++i) ::unlink((path_ + "." + std::to_string(i)).c_str());  // the driver leaves them
   }
 
   [[nodiscard]] std::string address() const override { return "memif|" + path_; }
@@ -190,10 +191,13 @@ class MemifListener final : public Listener {
       const ssize_t got = ::recv(at->peer.get(), from.data(), from.size(), MSG_DONTWAIT);
       if (got < 0 && (errno == EAGAIN || errno == EINTR)) continue;
       std::unique_ptr<DpdkLane> lane = std::move(at->lane);
+      Fd peer = std::move(at->peer);
       greeting_.erase(at);
+      ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, peer.get(), nullptr);
       if (got != static_cast<ssize_t>(from.size())) throw LaneError("the other end hung up");
       const auto lock = lane->hub().lock();
       lane->attach(from);
+      lane->hub().join(std::move(peer));
       return lane;
     }
     return nullptr;
@@ -224,7 +228,7 @@ class MemifListener final : public Listener {
     auto hub = Hub::open({.kind = PortKind::kMemif, .where = path, .memif_server = true, .max_frame_bytes = 0});
     auto lane = std::make_unique<DpdkLane>(hub, config_for(hub->port(), session, digest_), Role::kWaits, session,
                                            random_number<std::uint32_t>());
-    const std::string told = path + "|" + to_string(hub->port().mac()) + "|" + hex(session) + "\n";
+    const std::string told = path + "|" + to_string(hub->port().mac()) + "|" + hex(session);
     if (::send(peer.get(), told.data(), told.size(), MSG_NOSIGNAL) != static_cast<ssize_t>(told.size())) {
       throw LaneError("the other end hung up");
     }
@@ -247,7 +251,7 @@ std::vector<std::string> split(const std::string& text) {
   for (const char c : text) {
     if (c == '|') {
       parts.emplace_back();
-    } else if (c != '\n') {
+    } else {
       parts.back() += c;
     }
   }
@@ -289,7 +293,7 @@ std::unique_ptr<Lane> wait_until_established(std::unique_ptr<DpdkLane> lane, con
 }
 
 std::unique_ptr<Lane> connect_memif(const std::string& path, Deadline until, std::optional<bool> digest) {
-  const Fd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  Fd socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
   const sockaddr_un address = unix_address(path);
   if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
     throw LaneError(error_text("connecting to " + path));
@@ -298,18 +302,21 @@ std::unique_ptr<Lane> connect_memif(const std::string& path, Deadline until, std
   const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(until - Clock::now()).count();
   const timeval patience{std::max<long>(1, left / 1000), 0};
   ::setsockopt(socket.get(), SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-  std::string told;
-  for (char c = 0; c != '\n' && told.size() < 256; told += c) {
-    if (::recv(socket.get(), &c, 1, 0) != 1) throw LaneError("the listener at " + path + " says nothing");
-  }
-  const auto parts = split(told);
+  std::array<char, kMaxGreetingBytes> told;
+  const ssize_t size = ::recv(socket.get(), told.data(), told.size(), 0);
+  if (size <= 0) throw LaneError("the listener at " + path + " says nothing");
+  const auto parts = split({told.data(), static_cast<std::size_t>(size)});
   if (parts.size() != 3) throw LaneError("the listener at " + path + " is none of ours");
-  auto hub = Hub::open({.kind = PortKind::kMemif, .where = parts[0], .memif_server = false, .max_frame_bytes = 0});
+  auto hub = Hub::open({.kind = PortKind::kMemif, .where = parts[0] + ".c", .memif_server = false, .max_frame_bytes = 0});
   const Mac& own = hub->port().mac();
   if (::send(socket.get(), own.data(), own.size(), MSG_NOSIGNAL) != 6) throw LaneError("the listener hung up");
   const std::uint64_t session = parse_hex(parts[2]);
   auto lane = std::make_unique<DpdkLane>(hub, config_for(hub->port(), session, digest), Role::kConnects, session,
                                          random_number<std::uint32_t>());
+  {
+    const auto lock = hub->lock();
+    hub->join(std::move(socket));
+  }
   return wait_until_established(std::move(lane), parse_mac(parts[1]), until);
 }
 

@@ -46,7 +46,11 @@ PYBIND11_MODULE(_dpdk, module) {
   module.doc() = "The dpdk lane (native/dpdk/); used through genie_dynamo.runtime.lanes.dpdk.";
   py::register_exception<DpdkError>(module, "DpdkError", PyExc_OSError);
   py::register_local_exception<genie::LaneError>(module, "LaneError", PyExc_OSError);
-  const py::capsule landing = py::module_::import("genie_dynamo._native").attr("landing");
+  const py::module_ native = py::module_::import("genie_dynamo._native");
+  if (py::getattr(native, "API_VERSION", py::int_(1)).cast<int>() != genie::kApiVersion) {
+    throw py::import_error("_native was built from other sources");
+  }
+  const py::capsule landing = native.attr("landing");
   if (std::string_view(landing.name()) != "genie.LandingWay") throw py::import_error("not the _native of this build");
   genie::land_through(*landing.get_pointer<const genie::LandingWay>());
   module.def(

@@ -46,7 +46,7 @@ std::uint32_t mtu_of(const std::string& interface) {
 }
 
 // memif's driver answers its control channel in EAL's interrupt thread, and may be about to free what a close frees too
-// (a peer that leaves while we do): there, one comes after the other.
+// (one that comes while the ends are being joined): there, one comes after the other.
 void close_in_interrupt_thread(std::uint16_t id) noexcept {
   const auto close = [](void* which) {
     rte_eth_dev_stop(*static_cast<std::uint16_t*>(which));
@@ -82,6 +82,7 @@ Port::Port(const PortSpec& spec) : kind_(spec.kind) {
   switch (kind_) {
     case PortKind::kMemif: {
       most = kMemifFrameBytes;
+      control_ = std::make_unique<MemifControl>(spec.memif_server, spec.where);
       device_ = "net_memif" + number;
       const std::uint32_t wanted = spec.max_frame_bytes == 0 ? most : spec.max_frame_bytes;
       if (wanted > 60000) throw DpdkError("memif frames are at most 60000 bytes, not " + std::to_string(wanted));
@@ -130,6 +131,7 @@ Port::Port(const PortSpec& spec) : kind_(spec.kind) {
     gathers_ = kind_ == PortKind::kMemif || kind_ == PortKind::kAfPacket;
     create_pools(number);
     start();
+    if (control_ != nullptr) control_->take_driver();
   } catch (...) {
     remove();
     throw;

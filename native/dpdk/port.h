@@ -9,6 +9,7 @@
 #include <span>
 #include <string>
 
+#include "dpdk/memif_control.h"
 #include "protocol/types.h"
 
 struct rte_mbuf;
@@ -24,7 +25,7 @@ enum class PortKind { kMemif, kAfPacket, kAfXdp, kPci };
 
 struct PortSpec {
   PortKind kind = PortKind::kMemif;
-  std::string where;                    // memif: path of its socket; af_packet, af_xdp: interface; pci: address
+  std::string where;                    // memif: path of its driver's socket; af_packet, af_xdp: interface; pci: address
   bool memif_server = false;
   std::uint32_t max_frame_bytes = 0;    // 0: what the kind and the MTU of the interface allow
 };
@@ -50,6 +51,10 @@ class Port {
   // Of a protocol frame, Ethernet header not counted.
   [[nodiscard]] std::uint32_t max_frame_bytes() const noexcept { return max_frame_bytes_; }
   [[nodiscard]] bool is_up() const noexcept;
+  // memif alone: the socket to the process at the other end. False from has_peer() once that has ended; as long as frames
+  // that it had sent still come, it is good to take them.
+  void join(Fd peer) noexcept { control_->join(std::move(peer)); }
+  [[nodiscard]] bool has_peer(protocol::Nanoseconds now) noexcept { return control_ == nullptr || control_->pass(now); }
   // No other function may be called after this one.
   void close() noexcept;
 
@@ -91,6 +96,7 @@ class Port {
   void release(std::span<rte_mbuf*> frames) noexcept;
 
   PortKind kind_;
+  std::unique_ptr<MemifControl> control_;   // memif
   std::string device_;
   std::uint16_t id_ = 0;
   Mac mac_{};

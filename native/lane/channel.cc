@@ -201,6 +201,15 @@ Buffer Channel::allocate(std::size_t size_bytes) {
   return lane_->allocate(size_bytes);
 }
 
+void Channel::tidy() {
+  if (is_inherited()) return;
+  Lock lock(lock_);
+  if (closed_) return;
+  lane_->tidy();
+  if (!polling_) poll_lane();   // else who polls tells the peer
+  leave(lock);
+}
+
 Statistics Channel::statistics() const {
   if (is_inherited()) return {};
   const Lock lock(lock_);

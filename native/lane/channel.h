@@ -69,6 +69,8 @@ class Channel final : public std::enable_shared_from_this<Channel>, private Sink
   [[nodiscard]] bool arm();
   [[nodiscard]] int fd() const noexcept { return epoll_.get(); }
 
+  // What a lane gives back when it is not used (Lane::tidy).
+  void tidy();
   [[nodiscard]] Buffer allocate(std::size_t size_bytes);
   [[nodiscard]] Statistics statistics() const;
   [[nodiscard]] std::vector<std::pair<std::string, std::uint64_t>> details() const;

@@ -30,7 +30,11 @@ using Deadline = Clock::time_point;
 inline constexpr Deadline kNoDeadline = Deadline::max();
 
 // Spoken by both ends; a peer with another version is refused when it connects.
-inline constexpr std::uint16_t kLaneVersion = 1;
+inline constexpr std::uint16_t kLaneVersion = 2;
+
+// What Python finds in the extension, and extensions in each other: raised with every change of the bindings or of this
+// file, so that one that was built from older sources is not taken for the present one.
+inline constexpr int kApiVersion = 2;
 
 // Limits on what a peer may announce. A lane may have lower ones (capabilities), none has higher ones.
 inline constexpr std::size_t kMaxSlices = 4096;
@@ -143,6 +147,9 @@ class Lane {
   virtual void wake() noexcept = 0;
   // When poll() must be called at the latest though nothing comes (deadlines, retransmissions).
   [[nodiscard]] virtual Deadline next_timer() const noexcept { return kNoDeadline; }
+
+  // Give back memory that nothing has needed for a while. Called every few seconds by who keeps house.
+  virtual void tidy() noexcept {}
 
   // Whether polling from another thread would move something on: half a message in or out, a queue that is not empty.
   [[nodiscard]] virtual bool in_progress() const noexcept { return false; }

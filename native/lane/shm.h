@@ -1,6 +1,6 @@
 // The shm lane: two processes of one user on one host, payload in pages that both see.
 //
-// The ends meet at a Unix socket (SOCK_SEQPACKET), look at each other's user, and pass memfds and eventfds over it. What
+// The ends meet at a Unix socket (SOCK_SEQPACKET), look at each other's user, and pass memfds and sockets to ring over it. What
 // travels afterwards are records in two rings (lane/ring.h): small slices inside them, large ones by naming a slab in a
 // segment of the sender's pool. The receiver reads the slab where it is and sends it back by its token.
 //
@@ -18,7 +18,7 @@
 namespace genie {
 
 struct ShmOptions {
-  PoolOptions pool{.keep_idle_bytes = std::size_t{128} << 20};   // `sharing` is set by which end this is
+  PoolOptions pool{.keep_idle_bytes = std::size_t{128} << 20, .keep_recent = std::chrono::seconds(10)};   // `sharing` is set by which end this is
   std::size_t max_transfer_bytes = std::size_t{64} << 30;
 };
 

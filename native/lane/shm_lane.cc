@@ -1,12 +1,12 @@
 #include "lane/shm_lane.h"
 
-#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 
 namespace genie::shm {
@@ -34,15 +34,23 @@ ShmLane::ShmLane(Fd socket, bool connecting, const ShmOptions& options)
   if (out_segment_ == nullptr) throw LaneError("no shared memory: " + error);
   wake_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
-  if (!wake_.valid() || !epoll_.valid()) throw LaneError(error_text("making an eventfd"));
+  std::array<int, 2> bell{};
+  if (!wake_.valid() || !epoll_.valid() ||
+      ::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, bell.data()) != 0) {
+    throw LaneError(error_text("making what wakes a lane"));
+  }
+  bell_.reset(bell[0]);
+  bell_rope_.reset(bell[1]);
   watch(wake_.get(), EPOLLIN | EPOLLET);
+  watch(bell_.get(), EPOLLIN | EPOLLET);
   watch(socket_.get(), EPOLLIN | EPOLLRDHUP | EPOLLET);
 }
 
 void ShmLane::send_hello() {
   const PacketBody body{kMagic, kLaneVersion, kHello, 0, 0, kRingSegmentBytes};
-  const std::array fds{out_segment_->fd(), wake_.get()};
+  const std::array fds{out_segment_->fd(), bell_rope_.get()};
   if (!send_packet(socket_.get(), std::as_bytes(std::span(&body, 1)), fds)) throw LaneError(error_text("greeting"));
+  bell_rope_.reset(-1);
   writer_ = std::make_unique<RingWriter>(out_segment_);
 }
 
@@ -60,14 +68,14 @@ bool ShmLane::receive_hello() {
     throw LaneError("the other end speaks lane version " + std::to_string(body.version) + ", this one " +
                     std::to_string(kLaneVersion));
   }
-  if (body.size_bytes != kRingSegmentBytes || !is_eventfd(fds[1].get())) {
-    throw LaneError("the other end's hello brings no ring and eventfd");
+  if (body.size_bytes != kRingSegmentBytes || !is_socket(fds[1].get())) {
+    throw LaneError("the other end's hello brings no ring and bell");
   }
   std::string error;
   auto segment = Segment::map(std::move(fds[0]), kRingSegmentBytes, true, error);
   if (segment == nullptr) throw LaneError(error);
   reader_ = std::make_unique<RingReader>(std::move(segment));
-  peer_wake_ = std::move(fds[1]);
+  peer_bell_ = std::move(fds[1]);
   return true;
 }
 
@@ -171,18 +179,15 @@ void ShmLane::close() noexcept {
   shut(End::kCancelled, "closed here");
 }
 
-bool ShmLane::is_eventfd(int fd) noexcept {
-  std::array<char, 64> link{};
-  std::array<char, 64> path{};
-  std::snprintf(path.data(), path.size(), "/proc/self/fd/%d", fd);
-  return fd >= 0 && ::readlink(path.data(), link.data(), link.size() - 1) > 0 &&
-         std::strcmp(link.data(), "anon_inode:[eventfd]") == 0;
+bool ShmLane::is_socket(int fd) noexcept {
+  struct stat facts{};
+  return fd >= 0 && ::fstat(fd, &facts) == 0 && S_ISSOCK(facts.st_mode);
 }
 
-void ShmLane::ring_bell(int eventfd) noexcept {
+void ShmLane::wake() noexcept {
   const std::uint64_t one = 1;
   // A full counter means that it rings already.
-  [[maybe_unused]] const ssize_t written = ::write(eventfd, &one, sizeof one);
+  [[maybe_unused]] const ssize_t written = ::write(wake_.get(), &one, sizeof one);
 }
 
 void ShmLane::watch(int fd, std::uint32_t events) {
@@ -192,10 +197,11 @@ void ShmLane::watch(int fd, std::uint32_t events) {
   if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) throw LaneError(error_text("watching a descriptor"));
 }
 
-// The bell is the peer's: it may have filled its counter and made it one that waits. Then it needs no ringing.
+// The bell is the peer's, who may have filled it and made it one that waits: so it is a socket, where each call says that
+// it does not. An eventfd has only the flag that both ends share.
 void ShmLane::ring_peer() noexcept {
-  pollfd bell{peer_wake_.get(), POLLOUT, 0};
-  if (::poll(&bell, 1, 0) == 1 && (bell.revents & POLLOUT) != 0) ring_bell(peer_wake_.get());
+  const std::byte ring{};
+  [[maybe_unused]] const ssize_t sent = ::send(peer_bell_.get(), &ring, sizeof ring, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
 void ShmLane::wake_peer() noexcept {
@@ -238,8 +244,8 @@ void ShmLane::shut(End why, std::string reason) noexcept {
   slots_.clear();
   peer_segments_.clear();
   socket_.reset(-1);
-  peer_wake_.reset(-1);
-  ring_bell(wake_.get());   // whoever sleeps looks again
+  peer_bell_.reset(-1);
+  wake();   // whoever sleeps looks again
 }
 
 void ShmLane::move() noexcept {
@@ -270,7 +276,12 @@ bool ShmLane::look_at_descriptors() noexcept {
   std::array<epoll_event, 4> events{};
   const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), 0);
   for (int i = 0; i < count; ++i) {
-    if (events[static_cast<std::size_t>(i)].data.fd == socket_.get() && !read_socket()) return true;
+    const int fd = events[static_cast<std::size_t>(i)].data.fd;
+    if (fd == bell_.get()) {
+      std::array<std::byte, 64> rings;   // one, of a peer that keeps to the rules
+      [[maybe_unused]] const ssize_t got = ::recv(fd, rings.data(), rings.size(), MSG_DONTWAIT);
+    }
+    if (fd == socket_.get() && !read_socket()) return true;
   }
   return false;
 }

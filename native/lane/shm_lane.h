@@ -97,7 +97,7 @@ class ShmLane final : public Lane {
   ShmLane(Fd socket, bool connecting, const ShmOptions& options);
   ~ShmLane() override { close(); }
 
-  // Set-up. Both ends send one hello with their ring and their eventfd, and read the other's.
+  // Set-up. Both ends send one hello with their ring and a rope to their bell, and read the other's.
   void send_hello();
   [[nodiscard]] bool receive_hello();   // false while the peer has not said hello
   [[nodiscard]] int socket() const noexcept { return socket_.get(); }
@@ -108,9 +108,10 @@ class ShmLane final : public Lane {
   [[nodiscard]] bool register_memory(std::span<std::byte>) noexcept override { return true; }
   [[nodiscard]] Posted post(const Transfer& transfer) noexcept override;
   std::size_t poll(Sink& sink) noexcept override;
+  void tidy() noexcept override { pool_->tidy(Clock::now()); }   // the peer is told with the next poll
   [[nodiscard]] bool arm(bool for_ends) noexcept override;
   [[nodiscard]] int wait_fd() const noexcept override { return epoll_.get(); }
-  void wake() noexcept override { ring_bell(wake_.get()); }
+  void wake() noexcept override;
   [[nodiscard]] Deadline next_timer() const noexcept override { return next_deadline_; }
   [[nodiscard]] bool in_progress() const noexcept override { return !closed_ && num_queued_ > 0; }
   [[nodiscard]] bool cancel(std::uint64_t id) noexcept override;
@@ -122,8 +123,7 @@ class ShmLane final : public Lane {
  private:
   enum class Published : std::uint8_t { kDone, kLater, kEnded };
 
-  static bool is_eventfd(int fd) noexcept;
-  static void ring_bell(int eventfd) noexcept;
+  static bool is_socket(int fd) noexcept;
   void watch(int fd, std::uint32_t events);
   void ring_peer() noexcept;
   void wake_peer() noexcept;
@@ -166,8 +166,10 @@ class ShmLane final : public Lane {
   [[nodiscard]] static bool goes_inline(const Slice& slice, std::size_t record_bytes) noexcept;
 
   Fd socket_;
-  Fd wake_;
-  Fd peer_wake_;
+  Fd wake_;        // an eventfd, of this process alone
+  Fd bell_;        // a socket: the peer has the other end of it
+  Fd bell_rope_;   // that end, until the hello has taken it there
+  Fd peer_bell_;
   Fd epoll_;
   const bool connecting_;
   const pid_t pid_ = ::getpid();

@@ -59,6 +59,7 @@ bool Pool::allocate(std::size_t size_bytes, Slab& slab) noexcept try {
   facts_.used_bytes += bytes;
   facts_.asked_bytes += size_bytes;
   facts_.peak_used_bytes = std::max(facts_.peak_used_bytes, facts_.used_bytes);
+  peaks_[0] = std::max(peaks_[0], facts_.used_bytes);
   used_bytes_.store(facts_.used_bytes, std::memory_order_relaxed);
   return true;
 } catch (...) {
@@ -108,7 +109,7 @@ void Pool::free(Slab slab) noexcept {
     return;
   }
   if (idle && facts_.reserved_bytes - facts_.used_bytes > options_.keep_idle_bytes) {
-    drop_idle(options_.keep_idle_bytes);
+    drop_idle(kept_bytes(std::chrono::steady_clock::now()));
   }
 }
 
@@ -134,6 +135,22 @@ std::shared_ptr<PoolSegment> Pool::locate(const std::byte* address) const noexce
 void Pool::trim() noexcept {
   const std::lock_guard hold(lock_);
   drop_idle(0);
+}
+
+void Pool::tidy(std::chrono::steady_clock::time_point now) noexcept {
+  const std::lock_guard hold(lock_);
+  drop_idle(kept_bytes(now));
+}
+
+// The lock is held.
+std::size_t Pool::kept_bytes(std::chrono::steady_clock::time_point now) noexcept {
+  if (options_.keep_recent.count() == 0) return options_.keep_idle_bytes;
+  if (now - window_ >= options_.keep_recent) {
+    peaks_ = {facts_.used_bytes, peaks_[0]};
+    window_ = now;
+  }
+  const std::size_t recent = std::max(peaks_[0], peaks_[1]);
+  return std::max(options_.keep_idle_bytes, recent + recent / 4);   // slabs do not fill their segments
 }
 
 void Pool::drop_idle(std::size_t keep_bytes) noexcept {

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -26,6 +27,8 @@ inline constexpr std::size_t kSharedSegmentBytes = std::size_t{16} << 20;   // o
 struct PoolOptions {
   std::size_t limit_bytes = std::size_t{4} << 30;      // of segments, used or idle
   std::size_t keep_idle_bytes = std::size_t{512} << 20;
+  // What was handed out at one time within so long is kept beside that: new pages cost more than what is written to them.
+  std::chrono::seconds keep_recent{0};
   Segment::Sharing sharing = Segment::Sharing::kPrivate;
   bool huge = true;                                    // hugepages where the system has some
 };
@@ -79,6 +82,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
   // Give back every segment of which nothing is used.
   void trim() noexcept;
+  // Give back what nobody has needed for a while. To be called now and then where keep_recent is set.
+  void tidy(std::chrono::steady_clock::time_point now) noexcept;
 
   [[nodiscard]] PoolStatistics statistics() const;
   [[nodiscard]] std::string last_refusal() const;
@@ -97,6 +102,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
   explicit Pool(const PoolOptions& options, std::function<void(std::uint32_t)> on_dropped);
   [[nodiscard]] bool grow(std::size_t number, std::size_t slab_bytes);
   void drop_idle(std::size_t keep_bytes) noexcept;
+  [[nodiscard]] std::size_t kept_bytes(std::chrono::steady_clock::time_point now) noexcept;
 
   const PoolOptions options_;
   const std::function<void(std::uint32_t)> on_dropped_;
@@ -105,6 +111,8 @@ class Pool : public std::enable_shared_from_this<Pool> {
   std::array<std::shared_ptr<PoolSegment>, kNumClasses> open_;   // where the next new slab of a class is cut
   std::map<const std::byte*, std::shared_ptr<PoolSegment>> segments_;   // by first address
   std::uint32_t next_number_ = 1;
+  std::array<std::size_t, 2> peaks_{};                                  // of used bytes: since window_, and in the one before
+  std::chrono::steady_clock::time_point window_;
   PoolStatistics facts_;
   std::atomic<std::size_t> used_bytes_{0};
   std::string refusal_;

@@ -98,6 +98,33 @@ TEST_CASE("a lent slab outlives its pool") {
   std::memset(slab->data, 1, slab->asked_bytes);
 }
 
+TEST_CASE("what was used a while ago is kept for as long as asked for, and given back then") {
+  PoolOptions options;
+  options.keep_idle_bytes = 32 * kMiB;
+  options.keep_recent = std::chrono::seconds(10);
+  const auto pool = Pool::make(options);
+  const auto reserved = [&pool] { return pool->statistics().reserved_bytes; };
+  const auto burst = [&pool] {
+    std::vector<std::shared_ptr<Slab>> slabs;
+    for (int i = 0; i < 16; ++i) slabs.push_back(pool->lend(16 * kMiB));
+  };
+  const auto start = std::chrono::steady_clock::now();
+  burst();
+  CHECK(reserved() == 256 * kMiB);
+  const auto segments = pool->statistics().num_segments;
+  burst();
+  CHECK(pool->statistics().num_segments == segments);
+  pool->tidy(start + std::chrono::seconds(5));
+  CHECK(reserved() == 256 * kMiB);
+  pool->tidy(start + std::chrono::seconds(12));   // the first window is over, and was not long ago
+  CHECK(reserved() == 256 * kMiB);
+  pool->tidy(start + std::chrono::seconds(23));
+  CHECK(reserved() <= 32 * kMiB);
+  const auto slab = pool->lend(100 * kMiB);
+  pool->tidy(start + std::chrono::seconds(60));
+  CHECK(reserved() >= 100 * kMiB);                // what is handed out stays
+}
+
 TEST_CASE("threads share a pool") {
   const auto pool = Pool::make({});
   std::vector<std::thread> threads;

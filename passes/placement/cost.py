@@ -23,8 +23,8 @@ from genie_dynamo.passes.placement.timeline import Schedule, critical_path_s
 
 _S_PER_HOUR = 3600.0
 _MAX_SETS = 512
-_MIN_LOOKS, _MAX_LOOKS = 2, 24
-_LOOK_WORK = 60_000      # nodes and edges x devices that first looks go through in all
+_MIN_LOOKS, _MAX_LOOKS = 1, 24
+_LOOK_WORK = 24_000      # nodes and edges x devices that first looks go through in all
 
 _Shortest = Callable[..., FoundSchedule]      # `best_makespan` with a seed and a kernel
 
@@ -87,20 +87,26 @@ def best_cost(problem: Problem, deadline: Deadline, *, latency_bound_s: float | 
     found = _first_looks(problem, sets, found, bound_s, deadline, shortest)
     if exact or not deadline.quick:
         found = _second_looks(problem, sets, found, bound_s, deadline, exact, shortest)
-    if found is None:
-        raise _too_slow(shortest(problem, deadline, exact=False), bound_s)
+    if found is None:        # the sets looked at fit nothing, or too slowly: all devices together, whatever they cost
+        fastest = shortest(problem, deadline, exact=False)
+        found = _priced(problem, fastest, bound_s, None)
+        if found is None:
+            raise _too_slow(fastest, bound_s)
     found.lower_bound = min(found.value, _lower_bound(problem, sets if complete else [], bound_s, path_s))
     return found
 
 
 def _first_looks(problem: Problem, sets: list[_Candidate], found: FoundCost | None, bound_s: float,
                  deadline: Deadline, shortest: _Shortest) -> FoundCost | None:
-    """Each set that may be better, quickly."""
+    """Each set that may be better, quickly: of one device all of them, of several as many as there is time for."""
     looks = max(_MIN_LOOKS, min(_MAX_LOOKS, _LOOK_WORK // (problem.graph_size * problem.num_devices)))
-    usable = [c for c in sets if c.least_s <= bound_s]
-    for candidate in usable[:looks]:
+    for candidate in (c for c in sets if c.least_s <= bound_s):
         if found is not None and (candidate.bound >= found.value * (1 - PROVEN) or deadline.passed()):
             break
+        if len(candidate.devices) > 1:
+            looks -= 1
+            if looks < 0:
+                continue
         found = _try_set(problem, candidate, found, bound_s, deadline.part(0.3, quick=True), False, shortest)
     return found
 
@@ -120,7 +126,7 @@ def _second_looks(problem: Problem, sets: list[_Candidate], found: FoundCost | N
 def _try_set(problem: Problem, candidate: _Candidate, found: FoundCost | None, bound_s: float, deadline: Deadline,
              exact: bool | None, shortest: _Shortest) -> FoundCost | None:
     part = problem.only(candidate.devices)
-    if not part.supported() or part.memory_A.sum() > part.capacity_D.sum():
+    if not part.supported():
         return found
     try:
         best = shortest(part, deadline, exact=exact)
@@ -157,7 +163,8 @@ def _device_sets(problem: Problem, deadline: Deadline) -> tuple[list[_Candidate]
         choices = [(c[0],) for c in problem.classes] + [tuple(range(problem.num_devices))]
     sets = [_Candidate(devices=devices, price=price_per_s(problem, np.array(devices)),
                        least_s=_least_s(problem, devices)) for devices in choices]
-    return [c for c in sets if np.isfinite(c.least_s)], complete
+    held = problem.memory_A.sum()
+    return [c for c in sets if np.isfinite(c.least_s) and held <= problem.capacity_D[list(c.devices)].sum()], complete
 
 
 def _least_s(problem: Problem, devices: tuple[int, ...]) -> float:

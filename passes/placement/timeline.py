@@ -44,6 +44,11 @@ class Timeline:
         """Seconds to move a node's output; 0 within a device."""
         return 0.0 if src == dst else self._seconds_of(self._tensor[node], src, dst)
 
+    def parts_what_is_one(self, device_N: Sequence[int]) -> bool:
+        """Whether a value would have to move that only nodes of its own atom read: such values have no transfer."""
+        return any(device_N[node] != device_N[user] for node, users in enumerate(self.users)
+                   if node not in self._tensor for user in users)
+
     def ranks(self, device_N: Sequence[int]) -> list[float]:
         """Seconds from the start of each node to the end of the call, if nothing waited for a device or link."""
         rank = [0.0] * len(device_N)

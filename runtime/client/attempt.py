@@ -96,7 +96,7 @@ class Attempts:
     def _general(self, session: Session, part: SessionPart, binding: Binding, args: list[Any],
                  handles: dict[int, SavedHandle], seen: Seen | None, started_s: float) -> tuple[Any, ...]:
         deadline_s = time.monotonic() + self._config.timeout_s
-        call_id = session.next_id()
+        call_id = session.next_call()
         keep = not self._blind and not (self._saves and hooks_active())
         parts: list[Part] = []
         state = CallState({w: len(b.program.returns) + (0 if keep else len(b.program.keeps))

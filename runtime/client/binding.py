@@ -9,7 +9,9 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import LaneUnavailableError
 from genie_dynamo.core.plan import RNG_STATE, Output, Plan
 from genie_dynamo.core.program import WorkerProgram, static_updates, value_ids, worker_programs
+from genie_dynamo.core.stencil import Streak
 from genie_dynamo.runtime.client.connection import Connection
+from genie_dynamo.runtime.client.prepared import Prepared
 from genie_dynamo.runtime.client.residency import Seen
 from genie_dynamo.runtime.client.session import Session
 from genie_dynamo.runtime.client.workers import WorkerLink
@@ -26,7 +28,7 @@ class Template:
     counts the calls since then that found them unchanged.
     """
 
-    __slots__ = ("has_references", "held", "known", "number", "others", "references", "seen")
+    __slots__ = ("has_references", "held", "known", "number", "others", "prepared", "references", "seen", "streak")
 
     def __init__(self, seen: Seen | None, references: list[Any], arguments: Sequence[int], number: int) -> None:
         self.seen = seen
@@ -36,6 +38,13 @@ class Template:
         self.number = number
         self.known = False
         self.held = 0
+        self.prepared: Prepared | None = None      # once calls look alike
+        self.streak = Streak()
+
+    def forget_prepared(self) -> None:
+        """A call did not look like those before it."""
+        self.prepared = None
+        self.streak.ended()
 
 
 class BoundProgram:

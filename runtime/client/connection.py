@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket as socket_module
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import zmq
 
@@ -25,8 +25,9 @@ from genie_dynamo.core.errors import (
     WorkerTimeoutError,
     WorkerUnreachableError,
 )
+from genie_dynamo.core.stencil import WIDE
 from genie_dynamo.core.wire import pack, unpack
-from genie_dynamo.runtime.lanes.ends import End, Message
+from genie_dynamo.runtime.lanes.ends import End, Message, NativeEnd, Numbers
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 
 POLL_MS = 100
@@ -35,6 +36,10 @@ SEND_TIMEOUT_S = 60.0
 """How long a lane may take nothing of a message that no call's deadline covers."""
 STREAM_GRACE_S = 1.0
 """How long a closed stream may be ahead of the news that its worker has ended, where that is seen at once."""
+
+T = TypeVar("T")
+Received = tuple[m.Message, Sequence[Any], int]
+"""A message, what came beside it, and the size of the message part."""
 
 
 class Connection:
@@ -45,7 +50,7 @@ class Connection:
         self.socket = socket
         self._check_alive = check_alive
         self._grace_s = grace_s
-        self._requests = 0
+        self._requests = WIDE
         self.address = address
         self.end: End | None = None
         self._streaming = False            # the answer comes over the end
@@ -100,7 +105,7 @@ class Connection:
         except OSError as error:
             self._end_broke(error)
 
-    def receive(self, deadline_s: float) -> tuple[m.Message, Sequence[Any], int]:
+    def receive(self, deadline_s: float) -> Received:
         """`(message, frames, size of the message part)`.
 
         Raises: WorkerLostError (through check_alive), WorkerTimeoutError, ProtocolError.
@@ -112,11 +117,40 @@ class Connection:
                 return m.from_wire(unpack(header, flat=True)), frames, len(header)
         return self._from_socket(deadline_s)
 
+    @property
+    def takes_stencils(self) -> bool:
+        return type(self.end) is NativeEnd
+
+    def run_stencil(self, stencil: Any, values: Sequence[Any], frames: Sequence[Any], deadline_s: float) -> None:
+        """As `run`, where `takes_stencils`: see NativeEnd.send_stencil."""
+        assert type(self.end) is NativeEnd
+        self._streaming = True
+        try:
+            self.end.send_stencil(stencil, values, frames, lambda: self._still_waiting(deadline_s))
+        except GenieError:
+            raise
+        except OSError as error:
+            self._end_broke(error)
+
+    def receive_stencil(self, stencil: Any, into: Sequence[int], request: int, frames: Sequence[tuple[int, int]],
+                        deadline_s: float) -> Numbers | Received:
+        """The numbers of an answer that is the stencil's and has gone to the addresses; another one as `receive`."""
+        end = self.end
+        assert type(end) is NativeEnd
+        came = self._waited_for(lambda: end.read_stencil(stencil, into, request, frames), deadline_s)
+        if isinstance(came, Numbers):
+            return came
+        header, frames_came = came
+        return m.from_wire(unpack(header, flat=True)), frames_came, len(header)
+
     def _from_end(self, deadline_s: float) -> Message | None:
         assert self.end is not None
+        return self._waited_for(self.end.read, deadline_s)
+
+    def _waited_for(self, read: Callable[[], T], deadline_s: float) -> T:
         while True:
             try:
-                return self.end.read()
+                return read()
             except BlockingIOError:
                 self._still_waiting(deadline_s)
             except (EOFError, OSError) as error:
@@ -129,7 +163,7 @@ class Connection:
         assert self.end is not None
         return self.end.fileno() if self.end.arm() else None
 
-    def _from_socket(self, deadline_s: float) -> tuple[m.Message, Sequence[Any], int]:
+    def _from_socket(self, deadline_s: float) -> Received:
         socket = self.socket
         while True:
             try:
@@ -187,6 +221,11 @@ class Connection:
     def lane_counters(self) -> dict[str, int]:
         """What the native lane has counted, of every message in both directions; nothing where there is none."""
         return self.end.counters() if self.end is not None else {}
+
+    def tidy(self) -> None:
+        """Give back memory of the lane that nothing has needed for a while."""
+        if self.end is not None:
+            self.end.tidy()
 
     def close_end(self) -> None:
         """Let go of the stream or lane: everything takes the ZeroMQ socket again."""

@@ -23,6 +23,7 @@ ECHOES = 5
 SMALL_BYTES = 1 << 10
 LARGE_BYTES = 4 << 20
 CLIENT = "client"
+_MAX_NAME = 32
 
 
 def hardware_of(link: WorkerLink, timeout_s: float, *, fresh: bool = False) -> HardwareFacts:
@@ -40,18 +41,21 @@ def link_to(link: WorkerLink, timeout_s: float, size_bytes: int = LARGE_BYTES) -
     with link.connection() as connection:
         small_s, large_s = (_echo(connection, link.token, size, deadline_s)
                             for size in (SMALL_BYTES, size_bytes))
-    return _facts(CLIENT, link.name, small_s, large_s, size_bytes)
+    return _facts(CLIENT, link.name, link.lane.name, small_s, large_s, size_bytes)
 
 
 def link_between(start: WorkerLink, end: WorkerLink, timeout_s: float, size_bytes: int = LARGE_BYTES) -> LinkFacts:
-    """The way between two workers, timed by the first."""
+    """The way between two workers, timed by the first: the lane that it would push over."""
     key = (end.server_key or b"").decode()
-    answer = start.ask(lambda request: m.Probe(request, end.address, key, size_bytes), timeout_s)
+    answer = start.ask(lambda request: m.Probe(request, end.address, key, end.offers, size_bytes), timeout_s)
     info = _info(answer, start.address)
     small_s, large_s = info.get("small_s"), info.get("large_s")
     if not (isinstance(small_s, float) and isinstance(large_s, float) and min(small_s, large_s) > 0):
         raise ProtocolError(f"{start.address} answered a probe with {info!r:.80}")
-    return _facts(start.name, end.name, small_s, large_s, size_bytes)
+    lane = info.get("lane")
+    if type(lane) is not str or len(lane) > _MAX_NAME:
+        raise ProtocolError(f"{start.address} answered a probe with the lane {lane!r:.40}")
+    return _facts(start.name, end.name, lane, small_s, large_s, size_bytes)
 
 
 def links_among(workers: Sequence[WorkerLink], timeout_s: float) -> tuple[LinkFacts, ...]:
@@ -103,11 +107,11 @@ def _echo(connection: Connection, session: bytes, size_bytes: int, deadline_s: f
     return best_s
 
 
-def _facts(start: str, end: str, small_s: float, large_s: float, size_bytes: int) -> LinkFacts:
+def _facts(start: str, end: str, lane: str, small_s: float, large_s: float, size_bytes: int) -> LinkFacts:
     """One way is half of a round trip; what a large payload takes longer than a small one is its bytes."""
     rate = 2 * size_bytes / max(large_s - small_s, large_s / 10)
     return LinkFacts(start=start, end=end, latency_s=small_s / 2, bytes_per_s=rate,
-                     source=f"fastest of {ECHOES} echoes of {SMALL_BYTES} and {size_bytes} bytes")
+                     source=f"fastest of {ECHOES} echoes of {SMALL_BYTES} and {size_bytes} bytes over {lane}")
 
 
 def _info(answer: m.Message, address: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import ProtocolError
 from genie_dynamo.core.tensors import view_of
 from genie_dynamo.runtime.client.binding import BoundProgram
-from genie_dynamo.runtime.client.connection import Connection, to_error
+from genie_dynamo.runtime.client.connection import Connection, Received, to_error
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 
 CPU = torch.device("cpu")
@@ -23,10 +23,11 @@ class RefusedError(Exception):
 
 
 def receive_result(connection: Connection, bound: BoundProgram, request: int, deadline_s: float,
-                   reason_of: Callable[[str], str]) -> tuple[list[Any], m.Result, dict[str, int]]:
+                   reason_of: Callable[[str], str],
+                   first: Received | None = None) -> tuple[list[Any], m.Result, dict[str, int]]:
     """`(values in the order of bound.return_names, the last message, bytes that came by reason)`.
 
-    Args:   reason_of: what a returned value comes down for, by its name.
+    Args:   reason_of: what a returned value comes down for, by its name.  first: a message that was read already.
     Raises: RefusedError, ProtocolError, WorkerLostError, WorkerTimeoutError.
     """
     names = bound.return_names
@@ -36,7 +37,8 @@ def receive_result(connection: Connection, bound: BoundProgram, request: int, de
     open_count, control_bytes = count, 0
     received: dict[str, int] = {"outputs": 0}
     while True:
-        message, frames, header_bytes = connection.receive(deadline_s)
+        message, frames, header_bytes = first or connection.receive(deadline_s)
+        first = None
         if isinstance(message, m.Failure) and message.request in (request, 0):
             raise RefusedError from to_error(message, bound.link.address)
         if not isinstance(message, m.Result | m.Partial) or message.request != request:

@@ -8,9 +8,13 @@ import torch
 
 from genie_dynamo.core.plan import Plan
 from genie_dynamo.core.rebuild import INDEXED, VIEWS, WRITES, Rebuild, Step
+from genie_dynamo.runtime.lanes import native
 
 Read = Callable[[Sequence[Any], Mapping[str, Any], list[Any]], Any]
 """`read(arguments of the call, pieces by name, what the steps so far have made)`: the value of one argument."""
+
+
+CPU = torch.device("cpu")
 
 
 class Append(NamedTuple):
@@ -57,13 +61,14 @@ class Recipe:
         if self._append is None or not self._num_rows:
             return None
         old = args[self._append.source]
-        if not old.is_contiguous() or old.is_inference() or not -old.dim() <= self._append.dim < old.dim():
+        if not old.is_contiguous() or old.is_inference() or not -old.dim() <= self._append.dim < old.dim() \
+                or old.device != CPU or old.is_conj() or old.is_neg() or old._is_zerotensor():
             return None
         dim = self._append.dim
         shape = list(old.shape)
         shape[dim] += self._num_rows
         begun = torch.empty(shape, dtype=old.dtype, device="cpu")
-        begun.narrow(dim, 0, old.shape[dim]).copy_(old)
+        native.copy_rows(begun, 0, old, dim % old.dim())
         return begun
 
     def _complete(self, begun: torch.Tensor, args: Sequence[Any], pieces: Mapping[str, Any]) -> torch.Tensor | None:
@@ -74,7 +79,10 @@ class Recipe:
         room = begun.narrow(dim, start, begun.shape[dim] - start)
         if new.dtype != begun.dtype or new.shape != room.shape:
             return None
-        room.copy_(new)
+        if new.is_contiguous() and not (new.is_conj() or new.is_neg()):
+            native.copy_rows(begun, start, new, dim % new.dim())
+        else:
+            room.copy_(new)
         return begun
 
     def make(self, args: Sequence[Any], pieces: Mapping[str, Any],

@@ -51,22 +51,30 @@ class RemoteGraph:
         self._run_local = run_local
         self._attempts = Attempts(plan, specs, info, config, workers)
         self._per_session: weakref.WeakKeyDictionary[Session, SessionPart] = weakref.WeakKeyDictionary()
+        self._last: tuple[weakref.ref[Session] | None, SessionPart] = (None, SessionPart())
 
     def __call__(self, args: list[Any]) -> tuple[Any, ...]:
         values = list(args)
         args.clear()
         started_s = time.perf_counter()
         session = self._get_session()
-        part = self._per_session.get(session)
-        if part is None:
-            part = self._per_session[session] = SessionPart()
-            weakref.finalize(self, _drop_programs, weakref.ref(session), part.bindings)
+        reference, part = self._last
+        if reference is None or reference() is not session:
+            part = self._part_of(session)
         if stale.any_stale():
             if self.info.partial:
                 stale.bring_home()          # eager code follows in the same function, and may read them
             with stale.lifted():
                 return self._started(session, part, values, started_s)
         return self._started(session, part, values, started_s)
+
+    def _part_of(self, session: Session) -> SessionPart:
+        part = self._per_session.get(session)
+        if part is None:
+            part = self._per_session[session] = SessionPart()
+            weakref.finalize(self, _drop_programs, weakref.ref(session), part.bindings)
+        self._last = (weakref.ref(session), part)
+        return part
 
     def _started(self, session: Session, part: SessionPart, values: list[Any], started_s: float) -> tuple[Any, ...]:
         if self._config.verify and random.random() < self._config.verify:

@@ -31,6 +31,10 @@ DIGEST_BYTES = 64 << 10
 Tensor = torch.Tensor
 
 
+def _nobody() -> None:
+    """Stands for a weak reference whose tensor is gone."""
+
+
 class Entry:
     """One tensor of the caller that workers may hold. `epoch` names the content it has now."""
 
@@ -45,7 +49,7 @@ class Entry:
             if entry is not None:
                 on_death(entry)
 
-        self.ref = weakref.ref(tensor, died)
+        self.ref: Callable[[], Tensor | None] = weakref.ref(tensor, died)
         self.address = id(tensor)
         self.tensor_id = tensor_id
         self.epoch = -1
@@ -59,6 +63,11 @@ class Entry:
         self.step_committed = False
         self.sample_view: Tensor | None = None
         self.sample: Tensor | None = None
+
+    def let_go(self) -> None:
+        """Be nobody's entry any more."""
+        self.ref = _nobody
+        self.sample_view = self.sample = None
 
     def take_sample(self, tensor: Tensor, num_samples: int) -> None:
         """Remember a few elements of a trainable tensor."""
@@ -238,6 +247,16 @@ class Residency:
                     entry.key = None
             self.stamp += 1
 
+    def forget(self, tensor: Tensor) -> None:
+        """Know nothing of the tensor any more, and hold no reference to it, not even a weak one."""
+        with self.lock:
+            entry = self.find(tensor)
+            if entry is not None:
+                del self._entries[id(tensor)]
+                self._release(entry)
+                entry.let_go()
+                self.stamp += 1
+
     def optimizer_stepped(self, items: Iterable[Tensor]) -> None:
         """After an optimizer's step. Fused ones change tensors without counting; the others are seen anyway."""
         with self.lock:
@@ -319,6 +338,12 @@ class Residency:
 
 
 _instances: weakref.WeakSet[Residency] = weakref.WeakSet()
+
+
+def forget_everywhere(tensor: Tensor) -> None:
+    """No session knows anything of the tensor any more."""
+    for table in list(_instances):
+        table.forget(tensor)
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -202,7 +202,7 @@ def _send(session: Session, connection: Connection, bound: BoundProgram, args: S
         arguments.append(value)
     request = connection.next_request()
     handles = tuple([(keep.tensor_id, _EPOCH) for keep in keeps])
-    header = pack(m.to_wire(m.Run(request, bound.program.program_id, session.next_id(), tuple(arguments), handles,
+    header = pack(m.to_wire(m.Run(request, bound.program.program_id, session.next_call(), tuple(arguments), handles,
                                   tuple(incoming), bound.link.take_frees())))
     connection.run(header, frames, deadline_s)
     return request, {"inputs": inline_bytes + sum(map(len, frames)), "control": len(header) - inline_bytes}

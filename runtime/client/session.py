@@ -20,7 +20,8 @@ from genie_dynamo.core.config import HOUSEKEEPING_S, Config
 from genie_dynamo.core.errors import GenieError, SessionClosedError, WorkerError, WorkerLostError
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
 from genie_dynamo.core.program import WorkerProgram
-from genie_dynamo.runtime.client import stale
+from genie_dynamo.core.stencil import WIDE
+from genie_dynamo.runtime.client import stale, swapping
 from genie_dynamo.runtime.client.connection import STREAM_GRACE_S, beside, to_error
 from genie_dynamo.runtime.client.measuring import hardware_of, links_among, node_seconds_of
 from genie_dynamo.runtime.client.residency import Residency
@@ -56,6 +57,7 @@ class Session:
         self._security = security or Security()
         self._context: zmq.Context[Any] = zmq.Context()
         self._ids = itertools.count(1)
+        self._calls = itertools.count(WIDE)
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._housekeeper: threading.Thread | None = None
@@ -64,6 +66,7 @@ class Session:
         self.prices = {worker.name: worker.price_per_hour for worker in remote if worker.price_per_hour is not None}
         self.links: list[WorkerLink] = []
         dpdk.use_port(config.dpdk_port)
+        swapping.patch_torch()
         self._retired: list[WorkerLink] = []     # replaced, but activations of open graphs are still there
         try:
             if remote:
@@ -90,8 +93,12 @@ class Session:
             raise SessionClosedError("this session belongs to the parent process; a forked child opens its own")
 
     def next_id(self) -> int:
-        """A number nobody has used in this session: for tensors, programs and calls."""
+        """A number nobody has used in this session: for tensors and programs."""
         return next(self._ids)
+
+    def next_call(self) -> int:
+        """The same for calls."""
+        return next(self._calls)
 
     def pick(self, prefer: Sequence[str] = ()) -> WorkerLink:
         """The healthy worker with the fewest calls in flight; of equals one of `prefer`, else the first.
@@ -330,7 +337,7 @@ class Session:
                 link.frees.append(key)
 
     def housekeeping(self) -> None:
-        """Once a second: keep leases, free what finalizers have queued."""
+        """Once a second: keep leases, free what finalizers have queued, and give back memory."""
         for link in [link for link in self._retired if not link.num_saved and not link.in_flight]:
             self._retired.remove(link)
             self._forget(link)
@@ -347,6 +354,7 @@ class Session:
                     link.tell(m.Drop(link.drops.popleft()))
                 if link.embedded is None:
                     link.tell(m.Ping())
+                link.tidy()
             except GenieError as error:
                 log.info("housekeeping of %s: %s", link.name, error)
 

@@ -136,6 +136,11 @@ class WorkerLink:
             counted.update(connection.lane_counters())
         return {**self.lane.to_json(), **{name: counted[name] for name in LANE_COUNTERS}}
 
+    def tidy(self) -> None:
+        """Give back memory of idle connections that nothing has needed for a while."""
+        for connection in list(self._idle):
+            connection.tidy()
+
     def take_frees(self) -> tuple[tuple[int, int], ...]:
         """What is to be freed there, at most a message's worth."""
         if not self.frees:

@@ -8,7 +8,7 @@ import contextlib
 import math
 import socket as socket_module
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -19,6 +19,12 @@ URGENT, NORMAL, BULK = range(3)
 """Priorities of transfers that wait for the same lane; a message that has begun is never interrupted."""
 
 Message = tuple[bytes, list[torch.Tensor]]
+
+
+class Numbers(NamedTuple):
+    """Of a message that came as a stencil has it: the numbers in its holes, in order."""
+
+    values: tuple[Any, ...]
 
 
 class End(Protocol):
@@ -46,6 +52,9 @@ class End(Protocol):
 
     def counters(self) -> dict[str, int]:
         """What the lane itself has counted; empty where it does not count."""
+
+    def tidy(self) -> None:
+        """Give back memory that nothing has needed for a while; called every few seconds."""
 
     def close(self) -> None: ...
 
@@ -77,6 +86,9 @@ class SocketEnd:
 
     def counters(self) -> dict[str, int]:
         return {}
+
+    def tidy(self) -> None:
+        """It keeps no memory."""
 
     def close(self) -> None:
         # A forked child has a duplicate of the descriptor: closing ours alone would tell the worker nothing.
@@ -120,6 +132,25 @@ class NativeEnd:
         header, frames = came
         return header, [native.to_own_tensor(frame) for frame in frames] if frames else frames
 
+    def send_stencil(self, stencil: Any, values: Sequence[Any], frames: Sequence[Any],
+                     waiting: Callable[[], None]) -> None:
+        """As `send`, of a message that is a stencil with these values in its holes: addresses for memory."""
+        while not self.channel.send_stencil(stencil, values, frames, self._poll_s, self.digest):
+            waiting()
+
+    def read_stencil(self, stencil: Any, into: Sequence[int], first: int,
+                     frames: Sequence[tuple[int, int]]) -> Numbers | Message:
+        """As `read`; where the message is the stencil's and `first` its first number, its values go to the addresses
+        `into` and `frames` (address, bytes), and its numbers are returned. Raises: as `read`.
+        """
+        came = self.channel.receive_stencil(stencil, into, first, frames, self._poll_s, self._spin_s)
+        if came is None:
+            raise BlockingIOError
+        head, memory = came
+        if type(head) is not bytes:
+            return Numbers(head)
+        return head, [native.to_own_tensor(frame) for frame in memory]
+
     def arm(self) -> bool:
         return bool(self.channel.arm())
 
@@ -128,6 +159,9 @@ class NativeEnd:
 
     def counters(self) -> dict[str, int]:
         return dict(self.channel.statistics())
+
+    def tidy(self) -> None:
+        self.channel.tidy()
 
     def close(self) -> None:
         self.channel.close()

@@ -9,12 +9,20 @@ from typing import Any
 
 import torch
 
+from genie_dynamo.core.stencil import Form
+
+API_VERSION = 2
+"""Of native/lane/lane.h: an extension that was built from older sources is not used."""
+
 _module: Any = None
 _why_not = ""
 try:
     from genie_dynamo import _native
 
-    _module = _native
+    if getattr(_native, "API_VERSION", 1) == API_VERSION:
+        _module = _native
+    else:
+        _why_not = "the native extension was built from other sources than these: build it again (pip install -e .)"
 except ImportError as error:
     _why_not = (f"the native extension is not there ({error}); it needs CMake, a C++20 compiler and pybind11 when the "
                 "package is built: GENIE_REQUIRE_NATIVE=1 pip install ... says what is missing")
@@ -38,6 +46,11 @@ def lane_version() -> int:
     return int(_module.LANE_VERSION) if _module is not None else 0
 
 
+def stencil(form: Form) -> Any:
+    """The extension's view of what is remembered of a message."""
+    return _module.Stencil(form.data, list(form.holes))
+
+
 def to_tensor(memory: Any) -> torch.Tensor:
     """A uint8 tensor over a received buffer, which lives as long as the tensor. It may be another process's pages."""
     return torch.frombuffer(memory, dtype=torch.uint8) if len(memory) else torch.empty(
@@ -59,6 +72,22 @@ def copied(tensor: torch.Tensor) -> torch.Tensor:
     own = torch.empty_like(tensor)
     ctypes.memmove(own.data_ptr(), tensor.data_ptr(), tensor.nbytes)
     return own
+
+
+def copy_rows(target: torch.Tensor, start: int, rows: torch.Tensor, dim: int) -> None:
+    """Copy into `target` from `start` of `dim` on, by this thread alone (see `copied`).
+
+    Args: target, rows: contiguous CPU tensors of one dtype, and of one shape but for `dim`.
+    """
+    step = target.stride(dim) * target.element_size()        # of one row
+    to_bytes, from_bytes = target.shape[dim] * step, rows.shape[dim] * step
+    count = rows.nbytes // from_bytes if from_bytes else 0
+    to, source = target.data_ptr() + start * step, rows.data_ptr()
+    if _module is not None:
+        _module.copy_blocks(to, to_bytes, source, from_bytes, from_bytes, count)
+        return
+    for block in range(count):
+        ctypes.memmove(to + block * to_bytes, source + block * from_bytes, from_bytes)
 
 
 def is_foreign(tensor: torch.Tensor) -> bool:

@@ -19,12 +19,11 @@ from genie_dynamo.core.errors import WIRE_ERRORS, ProtocolError, RemoteExecution
 from genie_dynamo.core.wire import pack, unpack
 from genie_dynamo.runtime import calibration
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames, send_parts
+from genie_dynamo.runtime.worker.echoes import ECHOES, LaneTimes
 from genie_dynamo.runtime.worker.events import Measure, Reply, failure
 
 Steps = Generator[None, None, dict[str, Any]]
 
-ECHOES = 5
-"""Round trips of each size; the fastest counts."""
 SMALL_BYTES = 1 << 10
 PEER_TIMEOUT_S = 10.0
 _STEP_S = 0.02
@@ -85,14 +84,20 @@ class Background:
         return facts.to_json()
 
     def _probe(self, message: m.Probe, session: bytes) -> Steps:
-        """Send payload to another worker and wait for it to come back."""
+        """Send payload to another worker and wait for it to come back: over the lane that pushes take, else ZeroMQ."""
+        lane = LaneTimes(message.offers, session, (SMALL_BYTES, message.size_bytes))
+        while not lane.wait(_STEP_S):
+            yield
+        if lane.name:
+            return {"small_s": lane.best_s[SMALL_BYTES], "large_s": lane.best_s[message.size_bytes],
+                    "size_bytes": message.size_bytes, "lane": lane.name}
         socket = self._open_peer(message.address, message.key)
         try:
             small_s = yield from _echoes(socket, session, SMALL_BYTES)
             large_s = yield from _echoes(socket, session, message.size_bytes)
         finally:
             socket.close(linger=0)
-        return {"small_s": small_s, "large_s": large_s, "size_bytes": message.size_bytes}
+        return {"small_s": small_s, "large_s": large_s, "size_bytes": message.size_bytes, "lane": "zmq"}
 
 
 def _echoes(socket: zmq.Socket[bytes], session: bytes, size_bytes: int) -> Generator[None, None, float]:

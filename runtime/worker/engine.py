@@ -125,6 +125,7 @@ class Engine:
         self._namespaces = namespaces
         self._wake = wake
         self._refused: dict[str, str] = {}
+        self.num_repeated = 0            # runs that were recognised (worker/steady.py)
 
     # -- toolbox ----------------------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class Engine:
         return {
             "device": str(self.device), "threads": self.num_threads, "torch": str(torch.__version__),
             "pid": os.getpid(), "memory_bytes": resident_set_bytes(), "cpu_seconds": time.process_time(),
-            "compiler_refusals": dict(self._refused), "compilers": dict(RUNS),
+            "repeated_runs": self.num_repeated, "compiler_refusals": dict(self._refused), "compilers": dict(RUNS),
             "staged_bytes": dict(self._staging.counted) if self._staging is not None else {},
         }
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import WIRE_ERRORS, RemoteExecutionError
-from genie_dynamo.runtime.worker.records import RunRecord
+from genie_dynamo.runtime.worker.records import Repeatable, RunRecord
 
 
 class Received(NamedTuple):
@@ -52,6 +52,8 @@ class Reply(NamedTuple):
     connection: bytes
     message: m.Message
     frames: Sequence[Any] = ()
+    repeatable: Repeatable | None = None      # what this answers, where it may come again as it is
+    returned: Sequence[Any] = ()              # the values behind such an answer
 
 
 class Execute(NamedTuple):

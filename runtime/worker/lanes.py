@@ -14,9 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import MessageLimitError
+from genie_dynamo.core.stencil import Streak
 from genie_dynamo.runtime.lanes import dpdk, native
 from genie_dynamo.runtime.lanes.ends import is_loopback
+from genie_dynamo.runtime.worker.engine import Engine
+from genie_dynamo.runtime.worker.events import Reply
+from genie_dynamo.runtime.worker.steady import SteadyRun
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +90,16 @@ class _Client:
         self.channel = channel
         self.digest = digest
         self.fd = channel.fileno()
+        self.header = b""                         # of the message that is being handled the ordinary way
+        self.steady: SteadyRun | None = None      # the run that it repeats
+        self.streak = Streak()
+
+    def receive(self, timeout_s: float, spin_s: float = 0.0) -> Any:
+        """What has come: (header, frames), or numbers instead of the header where it is what `steady` knows."""
+        if self.steady is not None:
+            return self.channel.receive_stencil(self.steady.run, self.steady.into, 0, self.steady.frames, timeout_s,
+                                                spin_s)
+        return self.channel.try_receive() if timeout_s < 0 else self.channel.receive(timeout_s, spin_s)
 
 
 class Lanes:
@@ -138,7 +153,7 @@ class Lanes:
                 or client.name not in self._by_name:
             return
         try:
-            came = client.channel.receive(0.0, LINGER_S)
+            came = client.receive(0.0, LINGER_S)
         except OSError as error:
             self._drop(client, error)
             return
@@ -162,7 +177,7 @@ class Lanes:
 
     def _read(self, client: _Client) -> None:
         try:
-            came = client.channel.try_receive()
+            came = client.receive(-1.0)
         except OSError as error:
             self._drop(client, error)
             return
@@ -174,7 +189,41 @@ class Lanes:
             self._more.add(client)           # perhaps: asking again is cheaper than arming
             self._brisk = client is self._answered and time.monotonic() - self._answered_s < LINGER_S
             header, frames = came
+            if type(header) is not bytes:
+                header = self._repeat(client, header, frames)
+                if header is None:
+                    return
+            client.header = header
             self._on_message(client.name, header, [native.to_tensor(frame) for frame in frames] if frames else frames)
+            client.header = b""
+
+    def _repeat(self, client: _Client, numbers: Sequence[Any], frames: Sequence[Any]) -> bytes | None:
+        """Carry out a run that came as the last ones; the message where it has to take the ordinary way."""
+        steady = client.steady
+        assert steady is not None
+        answer = steady.carry_out(numbers, frames)
+        if answer is None:
+            return steady.refilled(numbers)
+        try:
+            self._sent(client, client.channel.send_stencil(steady.result, answer.values, answer.frames, 0.0,
+                                                           client.digest), answer.frames)
+        except (OSError, MessageLimitError) as error:
+            self._drop(client, error)
+        return None
+
+    def answered(self, reply: Reply, engine: Engine) -> None:
+        """A run has taken the ordinary way that may come again as it was: once it often has, it is remembered."""
+        client = self._by_name.get(reply.connection)
+        if client is None:
+            return
+        if client.steady is not None:
+            client.steady = None
+            client.streak.ended()
+        run = reply.repeatable
+        assert run is not None
+        if client.streak.lasts((run.message.program_id, run.message.template, len(client.header))):
+            assert type(reply.message) is m.Result
+            client.steady = SteadyRun.of(engine, run, client.header, reply.message, reply.returned)
 
     def send(self, connection: bytes, header: bytes, frames: Sequence[Any]) -> None:
         """Send, or queue; a client that is gone is forgotten, one that does not read is dropped."""
@@ -182,15 +231,25 @@ class Lanes:
         if client is None:
             return
         try:
-            sent = client.channel.send([header, *frames] if frames else [header], 0.0, 0, client.digest)
-            self._answered, self._answered_s, self._lingered = client, time.monotonic(), False
-            if sent and frames and client.channel.statistics()["bytes_open"] <= MAX_OPEN_BYTES:
-                self._to_arm.add(client)
-                return
-            if not sent or frames:
-                raise MessageLimitError("it does not read its answers")
+            self._sent(client, client.channel.send([header, *frames] if frames else [header], 0.0, 0, client.digest),
+                       frames)
         except (OSError, MessageLimitError) as error:
             self._drop(client, error)
+
+    def _sent(self, client: _Client, sent: int, frames: Sequence[Any]) -> None:
+        """After a message to a client. Raises: MessageLimitError where too much of what it was sent is open."""
+        self._answered, self._answered_s, self._lingered = client, time.monotonic(), False
+        if sent and frames and client.channel.statistics()["bytes_open"] <= MAX_OPEN_BYTES:
+            self._to_arm.add(client)
+            return
+        if not sent or frames:
+            raise MessageLimitError("it does not read its answers")
+
+    def tidy(self) -> None:
+        """Give back memory of lanes that nothing has needed for a while."""
+        for client in self._by_fd.values():
+            client.channel.tidy()
+            self._to_arm.add(client)         # what has come with that is not told of
 
     def close(self) -> None:
         for client in list(self._by_fd.values()):

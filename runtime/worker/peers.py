@@ -18,18 +18,16 @@ from typing import Any, NamedTuple
 import torch
 import zmq
 
-from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import GenieError, ProtocolError
-from genie_dynamo.core.wire import pack, unpack
 from genie_dynamo.runtime.lanes import native
 from genie_dynamo.runtime.lanes.ends import NativeEnd, connect_native
 from genie_dynamo.runtime.lanes.transfer import Transfer
-from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames, send_parts
+from genie_dynamo.runtime.lanes.zmq_frames import send_parts
+from genie_dynamo.runtime.worker.echoes import TIMEOUT_S, echo
 
 log = logging.getLogger(__name__)
 
 NONCE_BYTES = 64 << 10
-PROOF_TIMEOUT_S = 5.0
 
 Offers = tuple[tuple[str, int, str], ...]
 
@@ -160,7 +158,7 @@ class Peers:
             if version != native.lane_version():
                 continue
             try:
-                end = connect_native(name, address, PROOF_TIMEOUT_S, PROOF_TIMEOUT_S)
+                end = connect_native(name, address, TIMEOUT_S, TIMEOUT_S)
             except OSError as error:
                 log.info("no %s lane to worker %s: %s", name, peer.address, error)
                 continue
@@ -194,22 +192,5 @@ class Peers:
 def prove(end: NativeEnd, session: bytes) -> None:
     """Send bytes that nobody can guess there and back. Raises: OSError, GenieError."""
     nonce = torch.frombuffer(bytearray(secrets.token_bytes(NONCE_BYTES)), dtype=torch.uint8)
-    frames: list[Any] = []
-    lane = ZmqFrames()
-    header = pack(m.to_wire(m.Echo(1, session, (m.INLINE, lane.stage(nonce, frames)))))
-    end.send(header, frames, _too_late)
-    try:
-        came = end.read()
-    except BlockingIOError:
-        _too_late()
-    if came is None:
-        raise ProtocolError("a lane that says its answers come elsewhere")
-    answer = m.from_wire(unpack(came[0], flat=True))
-    if not isinstance(answer, m.Result):
-        raise ProtocolError(f"an echo was answered with {type(answer).__name__}")
-    if not torch.equal(lane.land(answer.values[0][1][1], came[1], torch.device("cpu")), nonce):
+    if not torch.equal(echo(end, session, nonce), nonce):
         raise ProtocolError("what came back is not what was sent")
-
-
-def _too_late() -> None:
-    raise TimeoutError(f"nothing came back within {PROOF_TIMEOUT_S:g} s")

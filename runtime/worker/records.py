@@ -1,8 +1,9 @@
 """What a worker remembers: its sessions, their resident tensors and templates, and the runs under way."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import GenieError
@@ -67,3 +68,11 @@ class SessionRecord:
     runs: dict[int, list[RunRecord]] = field(default_factory=dict)       # call id -> runs
     broken: dict[tuple[int, int], GenieError] = field(default_factory=dict)
     pushed_bytes: int = 0                                  # of tensors, to other workers
+
+
+class Repeatable(NamedTuple):
+    """A run that was carried out at once and had nothing to it but its arguments."""
+
+    session: SessionRecord
+    message: m.Run
+    value_ids: Sequence[int]          # of its arguments

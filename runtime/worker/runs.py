@@ -23,7 +23,7 @@ from genie_dynamo.runtime.worker.events import (
     Reply,
     failure,
 )
-from genie_dynamo.runtime.worker.records import RunRecord, SessionRecord, Template
+from genie_dynamo.runtime.worker.records import Repeatable, RunRecord, SessionRecord, Template
 from genie_dynamo.runtime.worker.residents import Residents
 from genie_dynamo.runtime.worker.toolbox import Toolbox
 
@@ -98,7 +98,7 @@ class Runs:
             values = self._inline_arguments(message, event.frames)
             if values is not None:
                 return [self._run_now(session, event, message, loaded,
-                                      {**known, **dict(zip(value_ids, values, strict=True))})]
+                                      {**known, **dict(zip(value_ids, values, strict=True))}, value_ids)]
         if len(session.runs) >= self._limits.waiting_runs_per_session:
             raise WorkerBusyError(f"{self._limits.waiting_runs_per_session} runs of this session wait already")
         run = RunRecord(session, event.connection, message, program, loaded, dict(known), {}, set(), event.now_s)
@@ -117,13 +117,14 @@ class Runs:
         return [Execute(run)]
 
     def _run_now(self, session: SessionRecord, event: Received, message: m.Run, loaded: Any,
-                 env: dict[int, Any]) -> Reply:
+                 env: dict[int, Any], value_ids: Sequence[int]) -> Reply:
         """Carry out a run of a small program: what it returns is all there is to say."""
         values, compute_s = self._tools.run_now(loaded, env, session.resident_bytes)
         frames: list[Any] = []
         staged = tuple([(index, self._tools.stage(value, frames)) for index, value in enumerate(values)])
         return Reply(event.connection, m.Result(message.request, staged, (), compute_s, 0.0,
-                                                session.resident_bytes), frames)
+                                                session.resident_bytes), frames,
+                     Repeatable(session, message, value_ids), values)
 
     def _template_of(self, session: SessionRecord, message: m.Run) -> Template:
         template = session.templates.get(message.program_id)

@@ -106,6 +106,7 @@ class Shell:
             self._next_tick_s = now_s + TICK_S
             self._carry_out(self._state.handle(Tick(now_s)))
             self._peers.tidy()
+            self._lanes.tidy()
 
     def _listen(self, timeout_s: float) -> bool:
         """Handle what has arrived, at most one message of each client; False where nothing has, in time."""
@@ -172,6 +173,8 @@ class Shell:
         for command in commands:
             if type(command) is Reply:
                 self._reply(command.connection, command.message, command.frames)
+                if command.repeatable is not None:
+                    self._lanes.answered(command, self._engine)
             elif type(command) is Execute:
                 run = command.run
                 self._waiting.discard(run)

@@ -13,7 +13,7 @@ from typing import Any
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import ProtocolError, StaleHandleError, VersionMismatchError, WorkerBusyError
 from genie_dynamo.core.limits import DEFAULT_LIMITS, Limits
-from genie_dynamo.core.program import WorkerProgram
+from genie_dynamo.core.program import WorkerProgram, read_offers
 from genie_dynamo.runtime.worker.events import (
     Abandon,
     Command,
@@ -170,6 +170,8 @@ class WorkerState:
         message: m.Calibrate | m.Probe = event.message  # type: ignore[assignment]
         if type(message) is m.Probe and not 0 < message.size_bytes <= MAX_ECHO_BYTES:
             raise ProtocolError(f"an echo takes 1 to {MAX_ECHO_BYTES} bytes, asked were {message.size_bytes}")
+        if type(message) is m.Probe:
+            message = message._replace(offers=read_offers(message.offers))
         return [Measure(event.connection, message, session.token)]
 
     def _profile(self, session: SessionRecord, event: Received) -> list[Command]:

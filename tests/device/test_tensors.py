@@ -328,6 +328,19 @@ def test_copies_are_of_the_moment(session: object) -> None:
     assert there.to("cpu", torch.int64).tolist() == [6, 6, 6]
 
 
+def test_a_module_that_was_compiled_moves_and_has_other_weights_then(session: object) -> None:
+    module = torch.nn.Linear(3, 2)
+    compiled, x = torch.compile(module, backend="genie"), torch.ones(1, 3)
+    before = compiled(x)
+    weight = module.weight
+    torch.utils.swap_tensors(weight, torch.nn.Parameter(weight.detach() * 2))
+    assert module.weight is weight
+    torch.testing.assert_close(compiled(x), 2 * (before - module.bias) + module.bias)
+    module.to(DEVICE)
+    assert module.weight is weight and weight.device.type == DEVICE
+    torch.testing.assert_close(module(x.to(DEVICE)).cpu(), 2 * (before - module.bias.cpu()) + module.bias.cpu())
+
+
 def test_moving_a_module_keeps_its_parameters(session: object) -> None:
     class Tied(torch.nn.Module):
         def __init__(self) -> None:
@@ -347,6 +360,29 @@ def test_moving_a_module_keeps_its_parameters(session: object) -> None:
     optimizer.step()
     assert torch.equal(model.cpu().one.weight.detach(), want)
     assert model.one.weight is model.two.weight is weight
+
+
+@pytest.mark.parametrize("channels_last", [(), ("x",), ("weight",), ("x", "weight")], ids="+".join)
+@pytest.mark.parametrize("convolve", [torch.conv2d, torch.conv_transpose2d], ids=["conv", "transposed"])
+def test_convolutions_have_the_cpus_format(channels_last: tuple[str, ...], convolve: Any, session: object) -> None:
+    draws = torch.Generator().manual_seed(0)
+    given = {"x": torch.randn(2, 4, 6, 6, generator=draws), "weight": torch.randn(4, 4, 3, 3, generator=draws)}
+    for name in channels_last:
+        given[name] = given[name].to(memory_format=torch.channels_last)
+    results = []
+    for device in ("cpu", DEVICE):
+        x, weight = (tensor.clone().to(device).requires_grad_() for tensor in given.values())
+        out = convolve(x, weight)
+        out.square().sum().backward()
+        results.append([tensor.detach() for tensor in (out, x.grad, weight.grad)])
+    for here, there in zip(*results, strict=True):
+        assert there.stride() == here.stride() == there.cpu().stride()
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)
+
+
+def test_a_convolution_of_two_dtypes_is_refused_at_once(session: object) -> None:
+    with pytest.raises(RuntimeError, match="should be the same"):
+        torch.conv2d(torch.zeros(1, 1, 4, 4, device=DEVICE), torch.zeros(1, 1, 3, 3, device=DEVICE).double())
 
 
 @pytest.mark.parametrize("make", [

@@ -51,6 +51,25 @@ def test_a_batch_goes_through_two_workers_in_parts(model: nn.Module, x: torch.Te
     assert moved["state"]["received"] == 0 and moved["weights"]["sent"] == 0
 
 
+def test_parts_may_take_different_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[placed.PlacedGraph] = []
+    monkeypatch.setattr(backend, "observers", [seen.append])
+    model = nn.Sequential(*[layer for _ in range(3) for layer in (
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())]).eval().requires_grad_(False)
+    x = torch.randn(16, 32, 32, 32)
+    compiled = torch.compile(model, backend="genie", options={"microbatches": 4, "policy": "max_throughput"})
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    (found,) = [graph.found for graph in seen if graph.found is not None]
+    assert found.placement is not None and "by another cut" in found.placement.method
+    with torch.no_grad():
+        model[2].weight.mul_(2.0)           # of the layer that lies on both workers
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    genie.reset_stats()
+    compiled(x)
+    assert genie.get_stats()["by_reason"]["weights"]["sent"] == 0
+
+
 def test_training_in_parts_gives_the_gradients_of_the_whole_batch() -> None:
     torch.manual_seed(0)
     model = Decoder()

@@ -88,6 +88,21 @@ def test_estimates_from_a_wrong_fit_get_close_to_what_is_measured(monkeypatch: p
     assert again is not None and all(w.fit is not None for w in again.workers)
 
 
+def test_one_worker_is_measured_and_its_ops_are_timed_too() -> None:
+    genie.shutdown()
+    genie.init(workers=1, num_threads=1, strict=True, observe=True)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()).eval()
+    x = torch.randn(16, 64)
+    with torch.no_grad():
+        compiled, _ = compiled_graph(model, x)
+        assert worker_facts.known(genie.session()) is None, "the first call waits for no calibration"
+        run_until_timed(compiled, x)
+        torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
+    facts = worker_facts.known(genie.session())
+    assert facts is not None and facts.workers[0].fit is not None
+    assert {"aten::addmm", "aten::gelu"} <= {row.op for row in observed.kept(facts.workers[0].hardware)}
+
+
 def test_a_cut_graph_is_timed_on_each_of_its_workers() -> None:
     session = genie.session()
     assert worker_facts.facts_of(session, wait=True) is not None

@@ -5,6 +5,7 @@ runs a graph on some of them, or edits, views, copies or forgets one.
 """
 from __future__ import annotations
 
+import copy
 import random
 import threading
 from collections.abc import Callable
@@ -122,8 +123,23 @@ class World:
             cache.set_(draws.normal(*cache.shape))      # type: ignore[call-overload]
         elif kind == "resize":
             cache.resize_(max(ROWS, cache.shape[0] - 2), WIDTH)
+        elif kind == "swap data" and held[name].is_inference() != held[other].is_inference():
+            pass                              # what such a tensor is afterwards torch itself does not know
         elif kind == "swap data":
             held[name].data, held[other].data = held[other].data, held[name].data
+        elif kind == "swap":
+            torch.utils.swap_tensors(cache, held[other])
+        elif kind == "swap weights":
+            new = nn.Parameter(draws.normal(WIDTH, WIDTH) * 0.1)
+            torch.utils.swap_tensors(self.graphs.lin.weight, new)
+        elif kind == "inference":
+            with torch.inference_mode():
+                held[name] = cache * 0.5
+        elif kind == "inference in place":
+            with torch.inference_mode():
+                cache.sub_(0.25)
+        elif kind == "deepcopy":
+            held[name] = copy.deepcopy(held[other])
         elif kind == "reorder":
             held[name] = cache.index_select(0, draws.order(cache.shape[0]))
         elif kind == "view":
@@ -136,23 +152,39 @@ class World:
             self.graphs.lin.weight.data.copy_(draws.normal(WIDTH, WIDTH) * 0.1)
             genie.invalidate(self.graphs.lin)
         elif kind == "optimizer":
-            optimizer = torch.optim.SGD(self.graphs.lin.parameters(), lr=0.1, fused=True)
-            for parameter in self.graphs.lin.parameters():
-                parameter.grad = draws.normal(*parameter.shape)
-            optimizer.step()
+            self._optimize(torch.optim.SGD(self.graphs.lin.parameters(), lr=0.1, fused=True), draws)
+        elif kind == "optimizer, not fused":
+            self._optimize(torch.optim.AdamW(self.graphs.lin.parameters(), lr=0.1, fused=False), draws)
         elif kind == "load":
             self.graphs.lin.load_state_dict({k: v * 0.9 for k, v in self.graphs.lin.state_dict().items()})
         else:
             assert kind == "nothing", kind
 
 
+    def _optimize(self, optimizer: torch.optim.Optimizer, draws: Draws) -> None:
+        for parameter in self.graphs.lin.parameters():
+            parameter.grad = draws.normal(*parameter.shape)
+        optimizer.step()
+
+
 CALLS = ("append", "crop", "write", "recur", "halves", "both")
 EDITS = ("in place", "one element", "through a view", "past the counter", "set_", "resize", "swap data", "reorder",
-         "view", "alias", "forget", "weights", "optimizer", "load", "nothing")
+         "view", "alias", "forget", "weights", "optimizer", "optimizer, not fused", "load", "swap", "swap weights",
+         "inference", "inference in place", "deepcopy", "nothing")
 
 
 def compiled(function: Any) -> Any:
     return torch.compile(function, backend="genie", dynamic=True)
+
+
+def outcome(world: World, kind: str, name: str, other: str, number: int) -> Any:
+    """What a step returns, or how torch refuses it: writing to a tensor of inference mode outside of it, say."""
+    try:
+        return world.step(kind, name, other, number)
+    except RuntimeError as error:
+        if isinstance(error, genie.GenieError):
+            raise
+        return str(error).partition("\n")[0]
 
 
 def walk(seed: int, steps: int, between: Callable[[random.Random], None] = lambda _: None) -> None:
@@ -165,7 +197,7 @@ def walk(seed: int, steps: int, between: Callable[[random.Random], None] = lambd
             name, other = chance.sample("abc", 2)
             trace.append(f"{kind} {name} {other}")
             between(chance)
-            got, expected = ours.step(kind, name, other, number), theirs.step(kind, name, other, number)
+            got, expected = (outcome(world, kind, name, other, number) for world in (ours, theirs))
             try:
                 same(got, expected)
                 for held in "abc":

@@ -14,6 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from genie_dynamo.core.errors import PlacementError
 from genie_dynamo.core.plan import GuardFacts, verify_plan
+from genie_dynamo.passes.costs.analysis import analyze_costs
 from genie_dynamo.passes.facts import read_facts
 from genie_dynamo.passes.partition import MARGIN, Partition
 from genie_dynamo.passes.pipelining import pipeline_partition
@@ -96,6 +97,36 @@ def test_the_part_of_a_weight_lies_on_one_worker(graph: Any) -> None:
     for node, origin in found.split.origin.items():
         homes.setdefault(origin, set()).add(found.assign[node])
     assert all(len(workers) == 1 for workers in homes.values())
+
+
+def coarse(layers: int = 3) -> nn.Sequential:
+    """Equal layers that do not part into two equal halves."""
+    return nn.Sequential(*[layer for _ in range(layers) for layer in (
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())]).eval()
+
+
+def test_where_layers_are_too_coarse_to_balance_parts_take_two_cuts() -> None:
+    fast = [lane(latency_s=1e-5, bytes_per_s=2e10)]
+    found = pipeline(capture(coarse(), torch.randn(16, 32, 32, 32)), 4, policy="max_throughput", lanes=fast)
+    assert found.split is not None and found.placement is not None and "by another cut" in found.placement.method
+    loads = found.placement.loads_s
+    whole = min(a.est_s for a in found.alternatives if a.est_s is not None and a.name in ("w0", "w1"))
+    assert max(loads.values()) < 0.6 * whole, "one cut leaves two of three layers on one worker"
+    homes: dict[str, set[int]] = {}
+    for node, origin in found.split.origin.items():
+        if "convolution" in origin:
+            homes.setdefault(origin, set()).add(found.assign[node])
+    assert sorted(map(len, homes.values())) == [1, 1, 2], "the layer in the middle alone lies on both"
+
+
+def test_two_cuts_need_memory_for_what_lies_twice() -> None:
+    graph = capture(coarse(), torch.randn(16, 32, 32, 32))
+    layer_bytes = 32 * (32 * 9 + 1) * 4
+    peak_bytes = int(analyze_costs(graph[0]).totals().peak_bytes)
+    tight = [replace(w, memory_bytes=peak_bytes + int(2.5 * layer_bytes)) for w in WORKERS]
+    tight[1] = replace(tight[1], memory_bytes=peak_bytes + int(1.5 * layer_bytes))
+    found = pipeline(graph, 4, tight, policy="max_throughput")
+    assert found.placement is not None and "by another cut" not in found.placement.method
 
 
 def test_memory_that_one_worker_lacks_makes_a_pipeline_of_it_whatever_it_costs(graph: Any) -> None:

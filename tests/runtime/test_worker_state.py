@@ -358,6 +358,9 @@ def test_an_echo_comes_back_to_whoever_knows_the_session(worker: Worker) -> None
 
 def test_a_probe_is_bounded(worker: Worker) -> None:
     for size_bytes in (0, -1, 1 << 40):
-        (reply,) = worker.send(m.Probe(4, "tcp://a:1", "", size_bytes))
+        (reply,) = worker.send(m.Probe(4, "tcp://a:1", "", (), size_bytes))
         assert isinstance(reply, Reply) and isinstance(reply.message, m.Failure)
-    assert isinstance(worker.send(m.Probe(4, "tcp://a:1", "", 1000))[0], Measure)
+    assert isinstance(worker.send(m.Probe(4, "tcp://a:1", "", (("shm", 1, "/x"),), 1000))[0], Measure)
+    for offers in (("shm",), (("shm", "1", "/x"),), (("shm", 1),), (3,)):
+        (reply,) = worker.send(m.Probe(4, "tcp://a:1", "", offers, 1000))
+        assert isinstance(reply, Reply) and isinstance(reply.message, m.Failure)

@@ -10,6 +10,7 @@ import genie_dynamo as genie
 from genie_dynamo.core.cost_graph import CostEdge, CostGraph, CostNode, Device
 from genie_dynamo.core.errors import ConfigError, PlacementError
 from genie_dynamo.core.placement import Placement
+from genie_dynamo.passes.placement import cost
 from genie_dynamo.passes.placement.loads import compute_bound
 from genie_dynamo.passes.placement.problem import build_problem
 from genie_dynamo.passes.placement.timeline import Timeline, critical_path_s, serial_schedule
@@ -130,6 +131,18 @@ def test_a_latency_bound_that_cannot_be_met_says_what_can() -> None:
     graph = reference.chain(1.0, 2.0, 3.0)
     with pytest.raises(PlacementError, match=r"latency_bound_s=5 cannot be met: the shortest makespan found is 6 s"):
         genie.place(graph, devices=FOUR_GPUS, policy="min_cost", latency_bound_s=5.0)
+
+
+def test_min_cost_finds_what_fits_also_where_the_sets_looked_at_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three nodes that two devices could hold by their sum, and cannot: each holds one."""
+    monkeypatch.setattr(cost, "_MAX_LOOKS", 1)
+    kinds = ("a", "b", "c")
+    graph = CostGraph(tuple(CostNode(id=f"n{i}", seconds=dict.fromkeys(kinds, 1.0), memory_bytes=6) for i in range(3)),
+                      ())
+    devices = [Device(id=kind, kind=kind, memory_bytes=10, price_per_hour=price)
+               for kind, price in zip(kinds, (1.0, 2.0, 3.0), strict=True)]
+    placed = genie.place(graph, devices=devices, policy="min_cost")
+    assert sorted(placed.device.values()) == ["a", "b", "c"]
 
 
 def test_min_cost_asks_for_prices() -> None:

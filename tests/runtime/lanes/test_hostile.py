@@ -20,7 +20,7 @@ import pytest
 
 from tests.runtime.lanes.ends import native
 
-MAGIC_SHM, MAGIC_TCP, VERSION = 0x4D4C4E47, 0x544C4E47, 1
+MAGIC_SHM, MAGIC_TCP, VERSION = 0x4D4C4E47, 0x544C4E47, 2
 RING_BYTES = 4096 + (512 << 10)
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 HELLO, SEGMENT = 1, 2
@@ -67,13 +67,22 @@ class HostileShm:
         self.socket.connect("\0" + name[1:])
         self.ring_fd = memory(RING_BYTES)
         self.ring = mmap.mmap(self.ring_fd, RING_BYTES)
-        self.bell = os.eventfd(0)
-        pass_fds(self.socket, packet(HELLO, RING_BYTES), [self.ring_fd, self.bell])
+        self.bell, self.rope = socket.socketpair()
+        pass_fds(self.socket, packet(HELLO, RING_BYTES), [self.ring_fd, self.rope.fileno()])
         self.channel = accept(self.listener)
 
     def write(self, records: bytes, tail: int | None = None) -> None:
         self.ring[4096:4096 + len(records)] = records
         self.ring[0:8] = struct.pack("<Q", len(records) if tail is None else tail)
+
+    def hello(self) -> tuple[mmap.mmap, int]:
+        """What the other end said: the ring that it writes to, and the rope to its bell."""
+        self.socket.settimeout(5)
+        _, ancillary, _, _ = self.socket.recvmsg(64, socket.CMSG_SPACE(8))
+        ring_fd, rope = struct.unpack("ii", ancillary[0][2])
+        ring = mmap.mmap(ring_fd, RING_BYTES)
+        os.close(ring_fd)
+        return ring, rope
 
     def close(self) -> None:
         self.channel.close()
@@ -81,7 +90,8 @@ class HostileShm:
         self.socket.close()
         self.ring.close()
         os.close(self.ring_fd)
-        os.close(self.bell)
+        self.bell.close()
+        self.rope.close()
 
 
 @pytest.fixture
@@ -140,10 +150,8 @@ def test_positions_that_cannot_be_close_the_lane(hostile: HostileShm, tail: int)
 
 
 def test_a_reader_that_claims_more_than_was_written_closes_the_lane(hostile: HostileShm) -> None:
-    hostile.socket.settimeout(5)
-    _, ancillary, _, _ = hostile.socket.recvmsg(64, socket.CMSG_SPACE(8))
-    ring_fd, _ = struct.unpack("ii", ancillary[0][2])
-    ring = mmap.mmap(ring_fd, RING_BYTES)
+    ring, rope = hostile.hello()
+    os.close(rope)
     ring[64:72] = struct.pack("<Q", 1 << 40)
     hostile.channel.send([b"x"])
     with pytest.raises(OSError, match="CORRUPT"):
@@ -175,13 +183,51 @@ def test_a_slice_beyond_its_segment_is_refused(hostile: HostileShm) -> None:
 
 
 def test_a_bell_that_would_block_is_rung_without_waiting(hostile: HostileShm) -> None:
-    os.set_blocking(hostile.bell, True)
-    os.eventfd_write(hostile.bell, 2**64 - 2)                     # one more does not fit
-    hostile.ring[128:132] = struct.pack("<I", 1)                   # it says that it sleeps
+    """The peer shares the bell's flags, and may fill it between any look at it and the ringing."""
+    hostile.rope.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            hostile.rope.send(bytes(1 << 16))
+    hostile.rope.setblocking(True)                                 # as our end of it is then
+    ring, rope = hostile.hello()
+    os.close(rope)
+    ring[128:132] = struct.pack("<I", 1)                           # it says that it sleeps
     rung = threading.Thread(target=lambda: hostile.channel.send([b"x"]), daemon=True)
     rung.start()
     rung.join(5)
     assert not rung.is_alive()
+    assert hostile.channel.statistics()["wakeups"] == 1
+
+
+@pytest.mark.parametrize("kind", [os.eventfd, lambda flags: os.open(os.devnull, os.O_WRONLY)], ids=["eventfd", "file"])
+def test_a_bell_that_can_only_be_written_to_is_refused(lanes: Any, kind: Callable[[int], int]) -> None:
+    """Such a write waits or not as the peer likes."""
+    name = f"@genie-bell-{os.getpid()}-{time.monotonic_ns()}"
+    listener = lanes.listen("shm", name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.connect("\0" + name[1:])
+        handles = [memory(RING_BYTES), kind(0)]
+        pass_fds(sock, packet(HELLO, RING_BYTES), handles)
+        with pytest.raises(OSError, match="bell"):
+            accept(listener)
+        for handle in handles:
+            os.close(handle)
+    listener.close()
+
+
+def test_a_peer_that_rings_without_end_or_hangs_up_its_bell_costs_no_more_than_looking(hostile: HostileShm) -> None:
+    _, ours = hostile.hello()
+    with socket.socket(fileno=ours) as rope:
+        rope.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                rope.send(bytes(1 << 16))
+    assert hostile.channel.receive(0.05) is None
+    began_s = time.process_time()
+    assert hostile.channel.receive(0.3) is None
+    assert time.process_time() - began_s < 0.1                     # it sleeps
+    hostile.write(message([(5, 0, 0)], b"hello"))
+    assert hostile.channel.receive(1.0) == (b"hello", [])
 
 
 def test_a_flood_of_records_does_not_keep_the_receiver(hostile: HostileShm) -> None:
@@ -249,7 +295,7 @@ def test_hellos_that_are_none_are_refused_and_others_get_in(lanes: Any, body: by
     listener = lanes.listen("shm", name)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.connect("\0" + name[1:])
-        handles = [memory(RING_BYTES), os.eventfd(0)][:fds]
+        handles = [memory(RING_BYTES), os.dup(sock.fileno())][:fds]
         pass_fds(sock, body, handles)
         with pytest.raises(OSError, match=says):
             accept(listener)
@@ -323,8 +369,10 @@ def test_bytes_that_cannot_be_close_the_lane(tcp: HostileTcp, make: Callable[[Ho
             tcp.channel.receive(0.5)
 
 
-def test_a_byte_that_changes_on_the_way_is_found(lanes: Any) -> None:
-    """A relay between two honest ends that flips one bit of the payload."""
+@pytest.mark.parametrize("parts", [[b"y" * 50_000], [b"put tensor 7, epoch yyyy", b"x" * 50_000]],
+                         ids=["payload", "handle"])
+def test_a_byte_that_changes_on_the_way_is_found(lanes: Any, parts: list[bytes]) -> None:
+    """A relay between two honest ends that flips one bit: of the payload, or of the handle and epoch it is for."""
     listener = lanes.listen("tcp", "127.0.0.1:0")
     relay = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=_flip, args=(relay, listener.address), daemon=True)
@@ -335,7 +383,7 @@ def test_a_byte_that_changes_on_the_way_is_found(lanes: Any) -> None:
     opening.start()
     channel = accept(listener)
     opening.join()
-    transfer = connected[0].send([b"y" * 50_000], digest=True, watch=True)
+    transfer = connected[0].send(parts, digest=True, watch=True)
     with pytest.raises(OSError, match="CORRUPT"):
         channel.receive(5.0)
     assert connected[0].wait_ended(transfer, 5.0) == "PEER_LOST"

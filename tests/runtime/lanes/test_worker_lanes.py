@@ -127,3 +127,11 @@ def test_with_one_core_nobody_waits_awake(monkeypatch: pytest.MonkeyPatch) -> No
     worker.ask(b"1")
     worker.ask(b"2")
     assert lingered_s(worker) < 0.05
+
+
+def test_what_comes_while_house_is_kept_is_served(worker: Worker) -> None:
+    worker.ask(b"1")
+    worker.client.send([b"2"])
+    worker.lanes.tidy()
+    worker.serve()
+    assert worker.came == [b"1", b"2"]
