@@ -23,6 +23,7 @@ namespace {
 
 // In the epoch of a message whose slices are bundled.
 constexpr std::uint64_t kBundled = std::uint64_t{1} << 63;
+constexpr auto kToldWhy = std::chrono::milliseconds(100);   // who polls in another thread is told first
 
 void breathe() noexcept {
 #if defined(__x86_64__)
@@ -105,6 +106,10 @@ std::uint64_t Channel::send(std::span<const Slice> slices, const SendOptions& op
     return posted != Posted::kBusy;
   };
   if (!tried()) wait(lock, tried, until, std::chrono::microseconds(0), true);
+  // The lane knows before we do: whoever is told that it is closed may ask why.
+  if (posted == Posted::kClosed) {
+    wait(lock, [this] { return closed_; }, Clock::now() + kToldWhy, std::chrono::microseconds(0), true);
+  }
   if (asleep_ && lane_->in_progress()) lane_->wake();   // who sleeps has not been told of the queue
   leave(lock);
   return posted == Posted::kAccepted ? transfer.id : 0;
