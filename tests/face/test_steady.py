@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,6 +140,17 @@ def test_conjugates_and_numbers() -> None:
             same(compiled(value, 0.5 * turn, turn // 4), scaled(value, 0.5 * turn, turn // 4))
 
 
+@pytest.mark.parametrize("lazy", [torch.conj, torch._neg_view], ids=["conjugated", "negated"])
+def test_outputs_that_are_conjugated_or_negated_when_they_are_read(lazy: Callable[[Any], Any]) -> None:
+    def changed(x: torch.Tensor) -> torch.Tensor:
+        return lazy(x * 2)
+
+    compiled = torch.compile(changed, backend="genie")
+    for _ in range(CALLS):
+        x = torch.randn(64, dtype=torch.complex64)
+        torch.testing.assert_close(compiled(x), changed(x), rtol=0, atol=0)
+
+
 def test_gradients_with_inputs_that_want_some() -> None:
     compiled = remote(add)
     for _ in range(CALLS):
@@ -243,6 +255,33 @@ def test_a_worker_that_forgets_what_it_had(own_session: Callable[..., Any]) -> N
         e.sent.clear(), e.acked.clear()             # it is known that they are gone, not that a template was
     for _ in range(CALLS):
         check(compiled, net, torch.randn(2, 16))
+
+
+def test_another_program_under_the_number_of_a_steady_one(
+        own_session: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that does so gets an error; the worker lives."""
+    from genie_dynamo.core import messages as m
+    from genie_dynamo.runtime.client import binding
+
+    programs: list[Any] = []
+    load = binding._load
+
+    def watched(session: Any, connection: Any, link: Any, program: Any, timeout_s: float) -> Any:
+        programs.append(program)
+        return load(session, connection, link, program, timeout_s)
+
+    monkeypatch.setattr(binding, "_load", watched)
+    session = own_session(workers=1)
+    link = session.links[0]
+    two, one = remote(lambda x: (x * 2, x + 1)), remote(add)
+    same(two(torch.ones(256)), (torch.full((256,), 2.0), torch.full((256,), 2.0)))
+    warm(one, add)
+    assert repeated()
+    link.ask(lambda request: m.Load(request, replace(programs[0], program_id=programs[1].program_id).to_wire()), 5.0)
+    with pytest.raises(genie.ProtocolError, match="value 1 of 1"):
+        one(torch.ones(256))
+    assert link.embedded.alive
+    genie.shutdown()
 
 
 def test_threads_with_steady_calls() -> None:
