@@ -110,7 +110,7 @@ def quantity(value: float, unit: str) -> str:
     if unit == "share":
         return f"{100 * value:.2f} %"
     if unit == "bytes":
-        return f"{value / 1e6:.1f} MB"
+        return f"{value / 1e6:.1f} MB" if abs(value) >= 1e5 else f"{value:.0f} B"
     for factor, name in ((1e-3, "s"), (1e-6, "ms")):
         if abs(value) >= 1000 * factor:
             return f"{value / (1000 * factor):.3g} {name}"
