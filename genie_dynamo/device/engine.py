@@ -27,7 +27,6 @@ from genie_dynamo.device.generator import Generator
 from genie_dynamo.device.memory import new_tensor, value_in
 from genie_dynamo.device.nodes import Call, Layout, Node, item_of, layout, layout_of, uploaded
 from genie_dynamo.device.program import Program, Programs
-from genie_dynamo.device.record import getitem
 from genie_dynamo.device.structure import Recording, collect, split
 from genie_dynamo.device.submitted import Submissions, Submitted
 from genie_dynamo.runtime.client.resident import Resident, Underway, Uploader, fetch
@@ -357,7 +356,7 @@ class Engine:
         assert node.call is not None
         count = len(node.call.target._schema.returns)
         unknown = layout((), (), 0, torch.float32)
-        parts = [node] if count == 1 else [item_of(node, (i,), unknown, False, getitem) for i in range(count)]
+        parts = [node] if count == 1 else [item_of(node, (i,), unknown, False) for i in range(count)]
         with self.lock:
             for part in parts:
                 part.layout = unknown

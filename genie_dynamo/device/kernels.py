@@ -9,7 +9,6 @@ What no schema says stands in special.py.
 """
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,20 +27,15 @@ from genie_dynamo.device.memory import (
     new_tensor,
     new_view,
     read,
-    read_as,
-    shifted,
-    storage_of,
     write,
 )
 from genie_dynamo.device.moves import as_strided, scattered
-from genie_dynamo.device.nodes import Call, Layout, Node, item_of, layout, layout_of
+from genie_dynamo.device.nodes import Call, Layout, Node, item_of, layout
+from genie_dynamo.device.quick import make_recorder
 from genie_dynamo.device.record import (
-    SCALAR,
-    TENSOR,
     DataDependentError,
     Op,
     Tree,
-    getitem,
     infer,
     op,
     record,
@@ -52,7 +46,7 @@ Tensor = torch.Tensor
 Kernel = Callable[..., Any]
 
 engine = engines.current
-
+recorder = make_recorder(engine)
 
 MAX_KNOWN = 4096
 """Kinds of calls that one kernel remembers."""
@@ -72,106 +66,7 @@ def functional(target: OpOverload) -> Kernel:
             return outputs_of(own, call, inputs, scalars)
         return new_tensor(Node(call, tuple(inputs), tuple(scalars), call.single))
 
-    if len(target._schema.returns) == 1 and not own.random:
-        if own.kinds[:2] == (TENSOR, TENSOR) and len(own.kinds) <= 3:
-            return _binary(kernel)
-        if own.kinds[0] == TENSOR and not {TENSOR, SCALAR} & {*own.kinds[1:]}:
-            return _unary(kernel, _rest_of(target))
-    return kernel
-
-
-def _unary(general: Kernel, rest_of: Callable[[Any], Any]) -> Kernel:
-    """The same kernel, quicker for a tensor with arguments that are neither tensors nor scalars."""
-    found: dict[Any, Call] = {}
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs and len(fresh) <= engine.next_cut:
-            try:
-                node = storage_of(args[0]).genie
-                if type(node) is not Node:
-                    node = node.node if node.plain else read(args[0], node)
-                call = found[node.layout, rest_of(args)]
-            except _NOT_QUICK:
-                pass
-            else:
-                return new_tensor(Node(call, (node,), (), call.single))
-        result = general(*args, **kwargs)
-        made: Any = storage_of(result).genie if isinstance(result, Tensor) and not kwargs else None
-        if type(made) is Node and made.call is not None and made.call.single is not None and len(made.inputs) == 1:
-            if len(found) > MAX_KNOWN:
-                found.clear()
-            found[made.inputs[0].layout, rest_of(args)] = made.call
-        return result
-
-    return kernel
-
-
-def _rest_of(target: OpOverload) -> Callable[[Any], Any]:
-    """A function from a call's arguments to what tells those after the first apart: the schema says where lists are."""
-    lists = ["List" in str(a.type) for a in target._schema.arguments]
-    if not any(lists):
-        return _REST
-    return _only_list if lists == [False, True] else _rest_with_lists
-
-
-_REST: Callable[[Any], Any] = operator.itemgetter(slice(1, None))
-
-
-def _only_list(args: Any) -> Any:
-    return tuple(args[1])
-
-
-def _rest_with_lists(args: Any) -> Any:
-    return tuple([tuple(a) if type(a) is list else a for a in args[1:]])
-
-
-def _binary(general: Kernel) -> Kernel:
-    """The same kernel, quicker for two tensors, or a tensor and a number, and nothing else."""
-    found: dict[tuple[Any, Any], Call] = {}
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        if len(args) == 2 and not kwargs:
-            try:
-                call, inputs, scalars = _pair(found, *args)
-            except _NOT_QUICK:
-                pass
-            else:
-                if len(fresh) <= engine.next_cut:
-                    return new_tensor(Node(call, inputs, scalars, call.single))
-        result = general(*args, **kwargs)
-        if len(args) == 2 and not kwargs and isinstance(result, Tensor):
-            _remember(found, storage_of(result).genie)
-        return result
-
-    return kernel
-
-
-_NOT_QUICK = (AttributeError, KeyError, RuntimeError, TypeError)
-"""What _pair raises where it is not for the arguments, or not yet."""
-
-
-def _pair(found: dict[tuple[Any, Any], Call], first: Any, second: Any) -> tuple[Call, tuple[Any, ...], tuple[Any, ...]]:
-    """The call that is known for a tensor and another, or a number; its inputs and its scalars."""
-    a = storage_of(first).genie
-    if type(a) is not Node:
-        a = a.node if a.plain else read(first, a)
-    kind = type(second)
-    if kind is float or kind is int:
-        return found[a.layout, kind], (a,), (second,)
-    b = storage_of(second).genie
-    if type(b) is not Node:
-        b = b.node if b.plain else read(second, b)
-    return found[a.layout, b.layout], (a, b), ()
-
-
-def _remember(found: dict[tuple[Any, Any], Call], made: Any) -> None:
-    """Let _pair know the call of a node that was made of a pair."""
-    if type(made) is Node and made.call is not None and made.call.single is not None:
-        kinds = (*[node.layout for node in made.inputs], *map(type, made.scalars))
-        if len(kinds) == 2 and made.inputs:
-            if len(found) > MAX_KNOWN:
-                found.clear()
-            found[kinds] = made.call
+    return recorder.functional(kernel, own)
 
 
 def outputs_of(own: Op, call: Call, inputs: Sequence[Node], scalars: Sequence[Any]) -> Any:
@@ -182,7 +77,7 @@ def outputs_of(own: Op, call: Call, inputs: Sequence[Node], scalars: Sequence[An
     if not call.outs and not any("List" in str(r.type) for r in own.target._schema.returns):
         tensors = engine.tensors_of(node)
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
-    return structured(own.target, {path: new_tensor(item_of(node, path, out, call.exact, getitem))
+    return structured(own.target, {path: new_tensor(item_of(node, path, out, call.exact))
                                    for path, out in call.outs})
 
 
@@ -204,66 +99,48 @@ def view(target: OpOverload) -> Kernel:
     """The kernel of a view op: its first argument is what is viewed."""
     own = Op(target, views=True)
     gather, calls = own.gather, own.calls
-    rest_of = _rest_of(target)
-    # (layout, other arguments) -> the view's layout, how far it lies from there, and the call that reads it.
-    found: dict[Any, tuple[Layout, int, Call]] = {}
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         tensor = args[0]
-        quick: Any = None
-        if not kwargs and not lazy_bits[0]:
-            held = storage_of(tensor).genie
-            memory = memory_of(tensor) if type(held) is Node else held
-            assert memory is not None
-            seen: Any = memory.node.layout if memory.plain else layout_of(tensor)
-            quick = (seen, rest_of(args))
-            known = found.get(quick)
-            if known is not None:
-                out, shift, call = known
-                if memory.views is None or out not in memory.views:
-                    return new_view(tensor, memory, Node(call, (read_as(memory, seen),), (), out))
-                return shifted(tensor, out.shape, out.stride, shift)
         memory = memory_of(tensor)
         assert memory is not None
         key, inputs, scalars = gather(args, kwargs)
         call = calls.get(key) or own.call(key, args, kwargs, inputs)
-        if quick is not None and call.single is not None and len(inputs) == 1 and not scalars \
-                and call.single.dtype == quick[0].dtype:
-            if len(found) > MAX_KNOWN:
-                found.clear()
-            found[quick] = call.single, call.single.offset - quick[0].offset, call
         if lazy_bits[0] and (tensor.is_conj() or tensor.is_neg()):
             return _lazy_view(target, tensor, memory, call)
         if call.single is not None:
+            if memory.views is not None and call.single in memory.views:
+                return _alias(tensor, call.single)
             return new_view(tensor, memory, Node(call, tuple(inputs), tuple(scalars), call.single))
         node = Node(call, tuple(inputs), tuple(scalars), None)
-        return structured(target, {path: new_view(tensor, memory, item_of(node, path, out, True, getitem))
+        return structured(target, {path: new_view(tensor, memory, item_of(node, path, out, True))
                                    for path, out in call.outs})
 
-    return kernel
+    return recorder.view(kernel, own)
+
+
+def _alias(tensor: Tensor, out: Layout) -> Tensor:
+    return alias_of(tensor, out.shape, out.stride, out.offset, out.dtype)
 
 
 def _lazy_view(target: OpOverload, tensor: Tensor, memory: Memory, call: Call) -> Any:
     """A view of a view that is conjugated or negated when it is read: it is so too."""
     memory.plain = False
-    seen = {path: alias_of(tensor, out.shape, out.stride, out.offset, out.dtype) for path, out in call.outs}
+    seen = {path: _alias(tensor, out) for path, out in call.outs}
     return seen[()] if call.single is not None else structured(target, seen)
 
 
 class Mutation:
     """A kernel that changes some of its arguments: in place, or those given as out=."""
 
-    def __init__(self, target: OpOverload, twin: Twin) -> None:
-        self.target, self.twin = target, twin
+    def __init__(self, target: OpOverload, twin: Twin, known: dict[Any, Call]) -> None:
+        """Args: known: calls that change the first argument in place and nothing else, and were found to be right."""
+        self.target, self.twin, self._known = target, twin, known
         self.op = op(twin.target)
         self._names = [a.name for a in target._schema.arguments]
-        self._try = Op(target)
+        self._try = op(target)
         self._checked: dict[Any, tuple[Layout | None, ...]] = {}
         self._drops = twin.drops
-        self._known: dict[Any, Call] = {}
-        """Calls that change `self` in place and nothing else, and were found to be right: only to be recorded."""
-        self.pairs: dict[tuple[Any, Any], Call] = {}
-        """The commonest of them, see _pair."""
         needed = {a.name for a in twin.target._schema.arguments if not a.has_default_value()}
         self._defaults = {a.name: a.default_value for a in target._schema.arguments
                           if a.has_default_value() and a.name in needed}
@@ -279,12 +156,10 @@ class Mutation:
                     engine.maybe_cut(known)
                 node = self.op.node(known, inputs, scalars)
                 if known.single is not None:
-                    if len(args) == 2 and not kwargs and not known.random:
-                        _remember(self.pairs, node)
                     write(args[0], node)
                     return args[0]
                 for tensor, (path, out) in zip(args[0], known.outs, strict=True):
-                    write(tensor, item_of(node, path, out, known.exact, getitem))
+                    write(tensor, item_of(node, path, out, known.exact))
                 return None
             result = self._general(args, kwargs)
             if self._checked.get(key) is not None and not any(self._checked[key]):
@@ -316,7 +191,7 @@ class Mutation:
         if call.single is not None:
             values = [(call.single, node)]
         else:
-            values = [(out, item_of(node, path, out, call.exact, getitem)) for path, out in call.outs]
+            values = [(out, item_of(node, path, out, call.exact)) for path, out in call.outs]
         others = values[: len(values) - len(changed)]
         for tensor, (_, value) in zip(changed, values[len(others):], strict=True):
             write(tensor, value)
@@ -388,23 +263,15 @@ def mutation(target: OpOverload) -> Kernel | None:
     twin = twin_of(target)
     if twin is None:
         return None
+    known: dict[Any, Call] = {}
     made: list[Mutation] = []
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if not made:
-            made.append(Mutation(target, twin))
-        general = made[0]
-        if len(args) == 2 and not kwargs and len(fresh) <= engine.next_cut:
-            try:
-                call, inputs, scalars = _pair(general.pairs, *args)
-            except _NOT_QUICK:
-                pass
-            else:
-                write(args[0], Node(call, inputs, scalars, call.single))
-                return args[0]
-        return general(*args, **kwargs)
+            made.append(Mutation(target, twin, known))
+        return made[0](*args, **kwargs)
 
-    return kernel
+    return recorder.in_place(kernel, op(target), known)
 
 
-__all__ = ["functional", "mutation", "outputs_of", "resize", "view"]
+__all__ = ["functional", "mutation", "outputs_of", "recorder", "resize", "view"]

@@ -12,7 +12,8 @@ from genie_dynamo.device.nodes import Call, Layout, Node, Slot
 aten = torch.ops.aten
 
 _MAX_CALLS = 4096
-_calls: dict[Any, Call] = {}
+calls: dict[Any, Call] = {}
+"""By the layouts that decide them."""
 
 
 def laid_out(node: Node) -> Node:
@@ -21,7 +22,7 @@ def laid_out(node: Node) -> Node:
         return node
     own = node.layout
     assert own is not None
-    call = _calls.get(own) or _made(own, torch.ops.genie.laid_out.default, 1, (own.stride,), own)
+    call = calls.get(own) or _made(own, torch.ops.genie.laid_out.default, 1, (own.stride,), own)
     return Node(call, (node,), (), own)
 
 
@@ -29,7 +30,7 @@ def as_strided(node: Node, out: Layout) -> Node:
     """The value's memory seen under another layout of the same dtype."""
     if node.layout is out:
         return node
-    call = _calls.get((out,)) or _made((out,), aten.as_strided.default, 1, (out.shape, out.stride, out.offset), out)
+    call = calls.get((out,)) or _made((out,), aten.as_strided.default, 1, (out.shape, out.stride, out.offset), out)
     return Node(call, (laid_out(node),), (), out)
 
 
@@ -38,7 +39,7 @@ def scattered(whole: Node, part: Node, where: Layout) -> Node:
     own = whole.layout
     assert own is not None
     key = (own, where)
-    call = _calls.get(key) or _made(key, aten.as_strided_scatter.default, 2,
+    call = calls.get(key) or _made(key, aten.as_strided_scatter.default, 2,
                                     (where.shape, where.stride, where.offset), own)
     return Node(call, (laid_out(whole), part), (), own)
 
@@ -46,7 +47,7 @@ def scattered(whole: Node, part: Node, where: Layout) -> Node:
 def copied(target: Node, value: Node, own: Layout) -> Node:
     """`value` cast, broadcast and laid out as `own`, which is the layout of `target` but for the offset."""
     key = (own, own, own)
-    call = _calls.get(key) or _made(key, aten.copy.default, 2, (), own)
+    call = calls.get(key) or _made(key, aten.copy.default, 2, (), own)
     return Node(call, (laid_out(target), value), (), own)
 
 
@@ -60,9 +61,9 @@ def _made(key: Any, target: Any, num_tensors: int, numbers: Sequence[int | tuple
 
     rest = [[slot(n) for n in number] if isinstance(number, tuple) else slot(number) for number in numbers]
     tensors = [Slot("t", i) for i in range(num_tensors)]
-    if len(_calls) >= _MAX_CALLS:
-        _calls.clear()
-    call = _calls[key] = Call(target, (*tensors, *rest), {}, tuple(flat), (((), out),), exact=True)
+    if len(calls) >= _MAX_CALLS:
+        calls.clear()
+    call = calls[key] = Call(target, (*tensors, *rest), {}, tuple(flat), (((), out),), exact=True)
     return call
 
 

@@ -12,7 +12,8 @@ view of it, is a new value (`genie_dynamo/device/memory.py`). So the recorded gr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ class Layout:
 
 
 _MAX_LAYOUTS = 100_000
-_layouts: dict[Any, Layout] = {}
+layouts: dict[Any, Layout] = {}
+"""By what they say."""
 generation = [0]
 """Counts how often the layouts were forgotten: what is remembered by layout is then worth nothing."""
 
@@ -52,19 +54,19 @@ generation = [0]
 def layout(shape: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> Layout:
     """The one object for a layout."""
     key = (tuple(shape), tuple(stride), offset, dtype)
-    found = _layouts.get(key)
+    found = layouts.get(key)
     if found is None:
-        if len(_layouts) >= _MAX_LAYOUTS:
-            _layouts.clear()
+        if len(layouts) >= _MAX_LAYOUTS:
+            layouts.clear()
             generation[0] += 1
-        found = _layouts[key] = Layout(*key)
+        found = layouts[key] = Layout(*key)
     return found
 
 
 def layout_of(tensor: Tensor) -> Layout:
     """A tensor's layout."""
     key: Any = (tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
-    return _layouts.get(key) or layout(*key)
+    return layouts.get(key) or layout(*key)
 
 
 class Slot:
@@ -169,17 +171,18 @@ def uploaded(tensor: Tensor) -> Node:
     return node
 
 
-_getitem_calls: dict[Any, Call] = {}
+getitem_calls: dict[Any, Call] = {}
+"""By index, and whether it is exact."""
 
 
-def item_of(parent: Node, path: tuple[int, ...], out: Layout, exact: bool, getitem: Callable[..., Any]) -> Node:
+def item_of(parent: Node, path: tuple[int, ...], out: Layout, exact: bool) -> Node:
     """The node of one of several outputs."""
     node = parent
     for depth, index in enumerate(path):
         last = depth == len(path) - 1
         key = (index, exact)
-        call = _getitem_calls.get(key)
+        call = getitem_calls.get(key)
         if call is None:
-            call = _getitem_calls[key] = Call(getitem, (Slot("t", 0), index), {}, (), (), exact=exact)
+            call = getitem_calls[key] = Call(operator.getitem, (Slot("t", 0), index), {}, (), (), exact=exact)
         node = Node(call, (node,), (), out if last else None)
     return node

@@ -5,8 +5,7 @@ error where the arguments do not fit. After that recording is a dictionary look-
 """
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -292,5 +291,3 @@ def record(target: Any, *args: Any, **kwargs: Any) -> Node:
     """Record a call of an overload; see Op.__call__."""
     return op(target)(*args, **kwargs)
 
-
-getitem: Callable[..., Any] = operator.getitem

@@ -10,7 +10,7 @@ from torch._C import DispatchKey
 
 from genie_dynamo.device import engine as engines
 from genie_dynamo.device.foreign import NAME, check_ordinal
-from genie_dynamo.device.kernels import functional, outputs_of, resize
+from genie_dynamo.device.kernels import functional, outputs_of, recorder, resize
 from genie_dynamo.device.memory import alias_of, is_ours, lazy_bits, memory_of, new_tensor, node_of, write
 from genie_dynamo.device.nodes import Node, layout_of
 from genie_dynamo.device.record import Tree, infer, op
@@ -257,7 +257,7 @@ COMPOSED: dict[str, Callable[..., Any]] = {
 
 SPECIAL: dict[str, Callable[..., Any]] = {
     "aten::_local_scalar_dense": local_scalar_dense,
-    "aten::copy_": copy_,
+    "aten::copy_": recorder.copy(copy_),
     "aten::_to_copy": to_copy,
     "aten::equal": equal,
     "aten::random_.from": random_from,

@@ -12,6 +12,7 @@ namespace genie {
 void bind_memory(pybind11::module_& module);
 void bind_lanes(pybind11::module_& module);
 void bind_placement(pybind11::module_& module);
+void bind_recording(pybind11::module_& module);
 
 // Python buffers that C++ holds. They are let go under the GIL, whichever thread lets go of them.
 class HeldBuffers {

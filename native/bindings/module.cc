@@ -1,4 +1,4 @@
-// genie_dynamo._native: conversions only; what it does stands in lane/, memory/ and placement/.
+// genie_dynamo._native: conversions only; what it does stands in lane/, memory/, placement/ and recording/.
 #include <pybind11/pybind11.h>
 
 #include "bindings/bindings.h"
@@ -9,7 +9,8 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "Lanes and registered memory (used through genie_dynamo.runtime.lanes), and the search for placements.";
+  module.doc() = "Lanes and registered memory (used through genie_dynamo.runtime.lanes), the search for placements, and "
+      "the device's recording of known calls.";
   module.attr("LANE_VERSION") = genie::kLaneVersion;
   module.attr("API_VERSION") = genie::kApiVersion;
   py::register_exception<genie::LaneError>(module, "LaneError", PyExc_OSError);
@@ -27,4 +28,5 @@ PYBIND11_MODULE(_native, module) {
   genie::bind_memory(module);
   genie::bind_lanes(module);
   genie::bind_placement(module);
+  genie::bind_recording(module);
 }

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 DEVICE = "remote_accelerator"
+pytestmark = pytest.mark.usefixtures("way")
 
 Tensor = torch.Tensor
 
