@@ -21,7 +21,8 @@ from genie_dynamo.core.fragment import decode
 from genie_dynamo.core.program import FragmentProgram, WorkerProgram
 from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
 from genie_dynamo.runtime.lanes import native
-from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
+from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames, cut, travels_in_pieces
+from genie_dynamo.runtime.worker.assembly import Assembly
 from genie_dynamo.runtime.worker.compiled import RUNS, CompiledFragment
 from genie_dynamo.runtime.worker.records import RunRecord
 from genie_dynamo.runtime.worker.rng import Generator
@@ -136,6 +137,12 @@ class Engine:
         """The tensor in memory of this worker, aligned as kernels like it: for what is kept, or written to."""
         return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES or native.is_foreign(tensor) else tensor
 
+    def announced_bytes(self, wire: Any) -> int:
+        return tensors.form_of(wire).size_bytes
+
+    def assemble(self, wire: Any) -> Assembly:
+        return Assembly(wire)
+
     def _writable(self, inputs: list[Any]) -> list[Any]:
         """What a graph that may write to its inputs gets instead of a client's pages."""
         return [self.own(x) if isinstance(x, torch.Tensor) and native.is_foreign(x) else x for x in inputs]
@@ -150,6 +157,10 @@ class Engine:
                 return (m.ALIAS, value.holder, value.view)
             return (m.SPAN, self.lane.stage(self._on_host(value.memory), frames), value.view)
         return value
+
+    def cut(self, tensor: torch.Tensor) -> Sequence[tuple[Any, Any, int]]:
+        """A large tensor in pieces (lanes/zmq_frames.py); nothing of one that travels as a whole."""
+        return tuple(cut(self._on_host(tensor))) if travels_in_pieces(tensor) else ()
 
     def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self._staging is None or tensor.is_cpu else self._staging.down(tensor)
