@@ -127,6 +127,7 @@ class Engine:
         self._wake = wake
         self._refused: dict[str, str] = {}
         self.num_repeated = 0            # runs that were recognised (worker/steady.py)
+        self.peer_lanes: Callable[[], dict[str, Any]] = dict      # which lanes go to other workers, for people
 
     # -- toolbox ----------------------------------------------------------------------------------------------
 
@@ -180,6 +181,10 @@ class Engine:
         size_bytes = plain.numel() * plain.element_size()
         return tensors.view_memory(plain, size_bytes) if size_bytes else b""
 
+    def content_size(self, tensor: torch.Tensor) -> int:
+        """Bytes that travel of a tensor: of one that is expanded, those that differ."""
+        return tensors.numel(tensors.core_shape(tuple(tensor.shape), tensor.stride())) * tensor.element_size()
+
     def size_bytes(self, tensor: Any) -> int:
         return tensor.untyped_storage().nbytes() if isinstance(tensor, torch.Tensor) else 0
 
@@ -191,6 +196,7 @@ class Engine:
             "device": str(self.device), "threads": self.num_threads, "torch": str(torch.__version__),
             "pid": os.getpid(), "memory_bytes": resident_set_bytes(), "cpu_seconds": time.process_time(),
             "repeated_runs": self.num_repeated, "compiler_refusals": dict(self._refused), "compilers": dict(RUNS),
+            "peer_lanes": self.peer_lanes(),
             "staged_bytes": dict(self._staging.counted) if self._staging is not None else {},
         }
 

@@ -177,9 +177,11 @@ class Peers:
             self._wake()
             return
 
-    def lanes(self) -> dict[str, str]:
-        """Which lane pushes to each peer take."""
-        return {address: way.end.name if way.end is not None else f"zmq ({way.reason})"
+    def lanes(self) -> dict[str, dict[str, Any]]:
+        """Which lane pushes to each peer take, by its address, and what that lane has counted."""
+        return {address: {"name": "zmq", "reason": way.reason} if way.end is None else
+                {"name": way.end.name, "reason": way.reason,
+                 **{name: way.end.counters()[name] for name in ("bytes_sent", "bytes_shared", "bytes_copied_out")}}
                 for address, way in self._ways.items()}
 
     def close(self) -> None:

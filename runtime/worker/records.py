@@ -75,7 +75,8 @@ class SessionRecord:
     cancelled: dict[int, None] = field(default_factory=dict)             # call ids whose late pushes are dropped
     runs: dict[int, list[RunRecord]] = field(default_factory=dict)       # call id -> runs
     broken: dict[tuple[int, int], GenieError] = field(default_factory=dict)
-    pushed_bytes: int = 0                                  # of tensors, to other workers
+    pushed_bytes: int = 0                                  # of values of calls, to other workers
+    moved_bytes: int = 0                                   # of state, to other workers
 
 
 class Repeatable(NamedTuple):

@@ -100,8 +100,8 @@ class Residents:
         if size_bytes + others_bytes > session.quota_bytes:
             raise WorkerMemoryError(
                 f"a tensor of {size_bytes / 2**20:.1f} MiB is on its way, with {others_bytes / 2**20:.1f} MiB of "
-                f"others, and this session may keep {session.quota_bytes / 2**20:.1f} MiB on the worker; raise the quota "
-                "(resident_quota_gib, or --resident-quota-gib of the worker) or add a worker",
+                f"others, and this session may keep {session.quota_bytes / 2**20:.1f} MiB on the worker; raise the "
+                "quota (resident_quota_gib, or --resident-quota-gib of the worker) or add a worker",
                 size_bytes=size_bytes, quota_bytes=session.quota_bytes)
         arriving = session.arriving[key] = Arriving(self._tools.assemble(message.tensor), sender)
         return arriving
@@ -210,6 +210,7 @@ class Residents:
             frames: list[Any] = []
             staged = self._tools.stage(tensor, frames)
             letters.append((m.Land(session.token, message.tensor_id, message.epoch, staged[1]), frames))
+        session.moved_bytes += self._tools.content_size(tensor)
         return [Deliver(message.address, message.key, letters, event.connection, message.request)]
 
     def land(self, session: SessionRecord | None, message: m.Land, frames: Sequence[Any]) -> list[Command]:

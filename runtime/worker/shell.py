@@ -83,6 +83,7 @@ class Shell:
         self._poller.register(self._socket_fd, select.EPOLLIN)
         self._streams = Streams(listener, self._poller, self._message, self._left) if listener is not None else None
         self._peers = Peers(connect_peer, self._poller, wake)
+        engine.peer_lanes = self._peers.lanes
         self._lanes = Lanes(offers, self._poller, self._message, self._left)
         self.stopping = False
 

@@ -168,6 +168,7 @@ class WorkerState:
             "programs": len(session.programs), "resident_tensors": len(session.tensors),
             "resident_bytes": session.resident_bytes, "quota_bytes": session.quota_bytes,
             "waiting_runs": sum(map(len, session.runs.values())), "pushed_bytes": session.pushed_bytes,
+            "moved_bytes": session.moved_bytes,
         }
         return [Reply(event.connection, m.Done(event.message.request, info))]  # type: ignore[union-attr]
 

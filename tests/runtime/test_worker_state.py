@@ -91,6 +91,9 @@ class Tools:
     def content_bytes(self, tensor: Blob) -> bytes:
         return tensor.content
 
+    def content_size(self, tensor: Blob) -> int:
+        return len(tensor.content)
+
     def size_bytes(self, tensor: Any) -> int:
         return len(tensor.content)
 
