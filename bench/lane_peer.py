@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.child import Child
 from bench.sidecar import Sidecar
 
 SOURCE = Path(__file__).parent / "raw_socket.c"
@@ -105,7 +106,7 @@ def _exit_with_parent() -> None:
     os._exit(0)
 
 
-class Peer:
+class Peer(Child):
     """Such a process, and this process's end of the way to it.
 
     Args: there: its KIND, where that is another one.  prefix: before its command, as `ip netns exec NAME`.
@@ -115,49 +116,39 @@ class Peer:
     _sidecar: Sidecar | None = None
 
     def __init__(self, kind: str, spin_s: float = 0.0, there: str = "", prefix: Sequence[str] = ()) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="bench-")
+        folder = tempfile.TemporaryDirectory(prefix="bench-")
         if kind == "raw":
-            self.library = raw_library(self._folder.name)
-        address = "127.0.0.1:0" if kind in ("tcp", "raw") else f"{self._folder.name}/lane"
-        self._process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "bench.lane_peer", there or kind, address, self._folder.name],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"LANE_SPIN_S": str(spin_s)})
-        assert self._process.stdout is not None
-        where = self._process.stdout.readline().decode().strip()
+            self.library = raw_library(folder.name)
+        address = "127.0.0.1:0" if kind in ("tcp", "raw") else f"{folder.name}/lane"
+        super().__init__("bench.lane_peer", (there or kind, address), folder, prefix, {"LANE_SPIN_S": str(spin_s)})
         self.spin_s = spin_s
         if kind == "raw":
-            host, _, port = where.rpartition(":")
+            host, _, port = self.where.rpartition(":")
             self.socket = socket.create_connection((host, int(port)))
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         elif kind.startswith("dpdk:"):
             from genie_dynamo.runtime.lanes import dpdk
 
             dpdk.use_port(kind.removeprefix("dpdk:"))
-            self.channel = dpdk.connect(where, 10.0, os.environ.get("LANE_DIGEST") == "1")
+            self.channel = dpdk.connect(self.where, 10.0, os.environ.get("LANE_DIGEST") == "1")
             lose(kind)
         elif kind.startswith("sidecar:"):
-            self._sidecar = Sidecar(kind.removeprefix("sidecar:"), where)
+            self._sidecar = Sidecar(kind.removeprefix("sidecar:"), self.where)
             self.channel = self._sidecar.channel
         else:
             from genie_dynamo import _native
 
-            self.channel = _native.connect(kind, where, 10.0)
+            self.channel = _native.connect(kind, self.where, 10.0)
 
     def cpu_s(self) -> float:
         """CPU seconds of both ends, and of what is between them."""
-        from bench import procfs
-
         between_s = self._sidecar.cpu_s() if self._sidecar is not None else 0.0
-        return time.process_time() + procfs.cpu_s(self._process.pid) + between_s
+        return time.process_time() + super().cpu_s() + between_s
 
     def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
         if self._sidecar is not None:
             self._sidecar.close()
-        self._process.stdin.close()
-        self._process.wait(10)
-        self._process.stdout.close()
-        self._folder.cleanup()
+        super().close()
 
 
 if __name__ == "__main__":

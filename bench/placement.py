@@ -135,7 +135,10 @@ def _gaps(policy: Policy, sizes: tuple[int, ...], seeds: int) -> Case:
         seconds.append(taken_s)
         if "proven optimal" in exact.method:
             over[one.name] = placed.objective_value / exact.objective_value
-    worst, mean = max(over.values(), default=1.0), statistics.mean(over.values() or [1.0])
+    if not over:
+        raise RuntimeError(f"{policy}: none of {tried} graphs was proven optimal within {_PROOF_S:g} s, so there is "
+                           "nothing to compare with: try smaller sizes or a quieter machine")
+    worst, mean = max(over.values()), statistics.mean(over.values())
     sized = f"{sizes[0]} to {sizes[-1]} nodes"
     return Case(
         bench="placement", title=f"{policy}: heuristic alone against the proven optimum, {sized}", threads=1,

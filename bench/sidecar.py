@@ -7,12 +7,13 @@ relay's few microseconds of Python.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from typing import Any
+
+from bench.child import Child
 
 
 def serve(port: str, address: str, folder: str) -> None:
@@ -42,30 +43,18 @@ def _hand_on(source: Any, target: Any) -> None:
         os._exit(0)                       # one of them is gone
 
 
-class Sidecar:
+class Sidecar(Child):
     """Such a process, and the channel to it."""
 
     def __init__(self, port: str, address: str) -> None:
         from genie_dynamo import _native
 
-        self._folder = tempfile.TemporaryDirectory(prefix="bench-")
-        self._process = subprocess.Popen([sys.executable, "-m", "bench.sidecar", port, address, self._folder.name],
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._process.stdout is not None
-        self.channel = _native.connect("shm", self._process.stdout.readline().decode().strip(), 10.0)
-
-    def cpu_s(self) -> float:
-        from bench import procfs
-
-        return procfs.cpu_s(self._process.pid)
+        super().__init__("bench.sidecar", (port, address), tempfile.TemporaryDirectory(prefix="bench-"))
+        self.channel = _native.connect("shm", self.where, 10.0)
 
     def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
         self.channel.close()
-        self._process.stdin.close()
-        self._process.wait(10)
-        self._process.stdout.close()
-        self._folder.cleanup()
+        super().close()
 
 
 if __name__ == "__main__":

@@ -14,9 +14,6 @@ Read = Callable[[Sequence[Any], Mapping[str, Any], list[Any]], Any]
 """`read(arguments of the call, pieces by name, what the steps so far have made)`: the value of one argument."""
 
 
-CPU = torch.device("cpu")
-
-
 class Append(NamedTuple):
     """`cat([input, piece], dim)`: the form of most caches."""
 
@@ -62,7 +59,7 @@ class Recipe:
             return None
         old = args[self._append.source]
         if not old.is_contiguous() or old.is_inference() or not -old.dim() <= self._append.dim < old.dim() \
-                or old.device != CPU or old.is_conj() or old.is_neg() or old._is_zerotensor():
+                or not old.is_cpu or old.is_conj() or old.is_neg() or old._is_zerotensor():
             return None
         dim = self._append.dim
         shape = list(old.shape)

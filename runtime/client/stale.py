@@ -163,6 +163,11 @@ def is_stale(tensor: Any) -> bool:
     return bool(_records) and id(tensor) in _records
 
 
+def is_referred_to(tensor: Any) -> bool:
+    """Whether the tensor is stale, or its last synchronised content is kept here."""
+    return id(tensor) in _records or id(tensor) in _before
+
+
 def any_stale() -> bool:
     return bool(_records)
 

@@ -140,10 +140,9 @@ def test_conjugates_and_numbers() -> None:
             same(compiled(value, 0.5 * turn, turn // 4), scaled(value, 0.5 * turn, turn // 4))
 
 
-@pytest.mark.parametrize("lazy", [torch.conj, torch._neg_view], ids=["conjugated", "negated"])
-def test_outputs_that_are_conjugated_or_negated_when_they_are_read(lazy: Callable[[Any], Any]) -> None:
+def test_outputs_that_are_conjugated_when_they_are_read() -> None:
     def changed(x: torch.Tensor) -> torch.Tensor:
-        return lazy(x * 2)
+        return (x * 2).conj()
 
     compiled = torch.compile(changed, backend="genie")
     for _ in range(CALLS):
