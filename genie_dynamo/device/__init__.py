@@ -87,6 +87,7 @@ def register() -> None:
 
         setattr(torch, NAME, Unavailable(unavailable))
         return
+    from genie_dynamo.device.guard import Guard
     from genie_dynamo.device.host import patch_host
     from genie_dynamo.device.module import RemoteAccelerator
     from genie_dynamo.device.moving import patch_modules
@@ -94,7 +95,7 @@ def register() -> None:
     from genie_dynamo.device.streams import without_streams
 
     module = RemoteAccelerator()
-    _setup_privateuseone_for_python_backend(NAME, backend_module=module)
+    _setup_privateuseone_for_python_backend(NAME, backend_module=module, device_guard=Guard())
     patch_host(NAME, module)
     patch_modules(NAME)
     after_import("torch._dynamo.variables.streams", without_streams)

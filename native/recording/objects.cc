@@ -162,11 +162,11 @@ py::object Objects::item(const py::object& parent, PyObject* path, PyObject* lay
   if (PyTuple_GET_SIZE(path) == 1) {
     const py::object key = pair(PyTuple_GET_ITEM(path, 0), exact);
     if (!key) return {};
-    PyObject* const call = PyDict_GetItemWithError(item_calls.ptr(), key.ptr());
-    if (call != nullptr) {
+    const auto call = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(item_calls.ptr(), key.ptr()));
+    if (call) {
       const auto inputs = py::reinterpret_steal<py::object>(PyTuple_Pack(1, parent.ptr()));
       const auto scalars = py::reinterpret_steal<py::object>(PyTuple_New(0));
-      return inputs && scalars ? make_node(call, inputs, scalars, layout) : py::object();
+      return inputs && scalars ? make_node(call.ptr(), inputs, scalars, layout) : py::object();
     }
     if (PyErr_Occurred() != nullptr) return {};
   }
@@ -202,17 +202,19 @@ bool Objects::give(PyObject* tensor, const Held& to, py::object seen, const py::
     }
     const int same = PyObject_RichCompareBool(layout_shape.get(made), layout_shape.get(seen.ptr()), Py_EQ);
     const py::object key = same == 1 ? pair(own.ptr(), seen.ptr()) : py::object();
-    PyObject* const call = key ? PyDict_GetItemWithError(scatter_calls.ptr(), key.ptr()) : nullptr;
+    const auto call = py::reinterpret_borrow<py::object>(
+        key ? PyDict_GetItemWithError(scatter_calls.ptr(), key.ptr()) : nullptr);
     if (PyErr_Occurred() != nullptr) return false;
-    if (call == nullptr) return give_through_python(tensor, value);
+    if (!call) return give_through_python(tensor, value);
     const py::object inputs = pair(whole.ptr(), value.ptr());
     const auto scalars = py::reinterpret_steal<py::object>(PyTuple_New(0));
-    changed = inputs && scalars ? make_node(call, inputs, scalars, own.ptr()) : py::object();
+    changed = inputs && scalars ? make_node(call.ptr(), inputs, scalars, own.ptr()) : py::object();
     if (!changed) return false;
   } else if (made != own.ptr()) {
     return give_through_python(tensor, value);
   }
-  const py::object reference = py::reinterpret_borrow<py::object>(memory_reference.get(held.ptr()));
+  const auto reference = py::reinterpret_borrow<py::object>(memory_reference.get(held.ptr()));
+  const auto views = py::reinterpret_borrow<py::object>(memory_views.get(held.ptr()));   // go when all is in place
   memory_node.set(held.ptr(), changed.ptr());
   memory_views.set(held.ptr(), Py_None);
   return append_fresh(reference.ptr());
