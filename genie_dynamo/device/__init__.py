@@ -87,6 +87,7 @@ def register() -> None:
 
         setattr(torch, NAME, Unavailable(unavailable))
         return
+    from genie_dynamo.device.generators import patch_generator, untraced
     from genie_dynamo.device.guard import Guard
     from genie_dynamo.device.host import patch_host
     from genie_dynamo.device.module import RemoteAccelerator
@@ -98,6 +99,8 @@ def register() -> None:
     _setup_privateuseone_for_python_backend(NAME, backend_module=module, device_guard=Guard())
     patch_host(NAME, module)
     patch_modules(NAME)
+    patch_generator()
+    after_import("torch._dynamo.eval_frame", untraced)
     after_import("torch._dynamo.variables.streams", without_streams)
     fallback: Any = torch.library.Library("_", "IMPL")  # type: ignore[no-untyped-call]
     fallback.fallback(_first_op, "PrivateUse1")

@@ -1,4 +1,4 @@
-"""Ops that are given a `torch.Generator`. torch can make those of the CPU only, so they draw here.
+"""Ops that are given a `torch.Generator`, of the CPU or of the device (generators.py): they draw here.
 
 The op runs on the CPU with the generator and what its arguments hold now, and its result goes up: the numbers are the
 CPU's, whatever the worker's device is.
@@ -23,8 +23,10 @@ def drawing(target: OpOverload, kernel: Callable[..., Any]) -> Callable[..., Any
     changed = [argument.name for argument in target._schema.arguments
                if argument.alias_info is not None and argument.alias_info.is_write]
 
+    place = names.index("generator")               # some schemas let it come by position
+
     def with_generator(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("generator") is None:
+        if kwargs.get("generator") is None and (len(args) <= place or args[place] is None):
             return kernel(*args, **kwargs)
         here_args, here_kwargs = pytree.tree_map(_here, (args, kwargs))
         result = target(*here_args, **here_kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-class Guard(torch._C._acc.DeviceGuard):  # type: ignore[misc,name-defined]
+class Guard(torch._C._acc.DeviceGuard):
     """There is one device, and nothing to switch."""
 
     # Every indexing asks for this. A call of a function in Python takes 0.2 us longer than this one.

@@ -193,21 +193,6 @@ def test_the_accelerator_api_asks_the_device(session: object) -> None:
     assert torch.accelerator.max_memory_allocated() >= x.nbytes
 
 
-def test_a_generator_of_the_cpu_draws_here(session: object) -> None:
-    drawn = []
-    for device in ("cpu", DEVICE):
-        own = torch.Generator().manual_seed(5)
-        x = torch.zeros(2, 3, device=device)
-        drawn.append([
-            torch.randn(3, device=device, generator=own), torch.randperm(5, device=device, generator=own),
-            x.uniform_(generator=own), x[:, 1:].random_(2, 7, generator=own), x,
-            torch.multinomial(torch.tensor([0.2, 0.8], device=device), 4, replacement=True, generator=own),
-            torch.bernoulli(torch.full((4,), 0.5, device=device), generator=own)])
-    for here, there in zip(*drawn, strict=True):
-        assert there.device.type == DEVICE
-        assert torch.equal(here, there.cpu())
-
-
 def test_sparse_tensors_are_refused_with_the_way_out(session: object) -> None:
     embedding = torch.nn.Embedding(4, 2, sparse=True).to(DEVICE)
     for refused in (lambda: torch.eye(2).to_sparse().to(DEVICE), lambda: torch.eye(2, device=DEVICE).to_sparse(),

@@ -83,7 +83,7 @@ def test_a_worker_starts_without_passes_and_face() -> None:
                "print(*(n for n in sys.modules if n.startswith('genie_dynamo.')))")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     # The package's import makes the device known by name; a process that is a worker leaves even that out.
-    parts = ("", ".guard", ".host", ".module", ".moving", ".refused", ".streams")
+    parts = ("", ".generators", ".guard", ".host", ".module", ".moving", ".refused", ".streams")
     by_name = {f"genie_dynamo.device{part}" for part in parts}
     for name in {*done.stdout.split()} - by_name:
         assert name.startswith(("genie_dynamo.core", "genie_dynamo.runtime", "genie_dynamo._native",
