@@ -1,6 +1,7 @@
 """The device `remote_accelerator`: what recording costs, and what a training step and a decoded token cost there.
 
-    ops         seconds per recorded op in steady state, beside the same CPU op in the same process; nothing is run
+    ops         seconds per recorded op in steady state, beside the same CPU op in the same process; nothing is
+                read; where results stay (in place, into views), handing them over each hundred ops or more is in
     long        10,000 recorded ops planned, loaded and run the first time, beside 2,500: cost per op must not grow
     memory      bytes that a process grows by over 1,000,000 recorded ops in a loop that reads nothing
     training    a step of a small GPT-2 on the device over the same eager step in the other side's process

@@ -115,6 +115,7 @@ def test_dynamo_breaks_at_a_generator_as_it_did() -> None:
             "def draw(x): return x + torch.rand(2, generator=torch.Generator().manual_seed(2))\n"
             "drawn = torch.compile(draw, backend='eager')(torch.ones(2))\n"
             "print(drawn.tolist(), sum(counters['graph_break'].values()))")
-    done = [subprocess.run([sys.executable, "-W", "error", "-c", code, which], capture_output=True, text=True,
-                           timeout=120, check=True).stdout for which in ("with", "without")]
-    assert done[0] == done[1]
+    done = [subprocess.run([sys.executable, "-c", code, which], capture_output=True, text=True, timeout=120, check=True)
+            for which in ("with", "without")]
+    assert done[0].stdout == done[1].stdout
+    assert "does not know how to trace" not in done[0].stderr
