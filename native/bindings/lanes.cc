@@ -242,6 +242,9 @@ void bind_lanes(py::module_& module) {
       .def_property_readonly("close_reason", &Channel::close_reason)
       .def_property_readonly("close_end", [](const Channel& self) { return genie::name_of(self.close_end()); })
       .def_property_readonly("name", [](const Channel& self) { return std::string(self.capabilities().name); })
+      .def_property_readonly("shares_pages",
+                             [](const Channel& self) { return self.capabilities().zero_copy_receive; },
+                             "What `allocate` lends is read by the other end where it lies.")
       .def_property_readonly("off_host", [](const Channel& self) { return self.capabilities().off_host; })
       .def("statistics", [](const Channel& self) {
         py::dict row = to_dict(self.statistics());

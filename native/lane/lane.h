@@ -34,7 +34,7 @@ inline constexpr std::uint16_t kLaneVersion = 2;
 
 // What Python finds in the extension, and extensions in each other: raised with every change of the bindings or of this
 // file, so that one that was built from older sources is not taken for the present one.
-inline constexpr int kApiVersion = 2;
+inline constexpr int kApiVersion = 3;
 
 // Limits on what a peer may announce. A lane may have lower ones (capabilities), none has higher ones.
 inline constexpr std::size_t kMaxSlices = 4096;

@@ -11,7 +11,7 @@ import torch
 
 from genie_dynamo.core.stencil import Form
 
-API_VERSION = 2
+API_VERSION = 3
 """Of native/lane/lane.h: an extension that was built from older sources is not used."""
 
 _module: Any = None

@@ -223,7 +223,12 @@ class Lanes:
         assert run is not None
         if client.streak.lasts((run.message.program_id, run.message.template, len(client.header))):
             assert type(reply.message) is m.Result
-            client.steady = SteadyRun.of(engine, run, client.header, reply.message, reply.returned)
+            client.steady = SteadyRun.of(engine, run, client.header, reply.message, reply.returned, client.name)
+
+    def lends(self, connection: bytes) -> Callable[[int], Any] | None:
+        """What lends memory that a client's lane sends without a copy; None where the lane has none."""
+        client = self._by_name.get(connection)
+        return client.channel.allocate if client is not None and client.channel.shares_pages else None
 
     def send(self, connection: bytes, header: bytes, frames: Sequence[Any]) -> None:
         """Send, or queue; a client that is gone is forgotten, one that does not read is dropped."""

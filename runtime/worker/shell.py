@@ -25,7 +25,7 @@ from genie_dynamo.runtime.flat import RunStatus
 from genie_dynamo.runtime.lanes import stream
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 from genie_dynamo.runtime.worker.background import Background
-from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine
+from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine, Outlets
 from genie_dynamo.runtime.worker.events import (
     Abandon,
     Command,
@@ -83,6 +83,7 @@ class Shell:
         self._streams = Streams(listener, self._poller, self._message, self._left) if listener is not None else None
         self._peers = Peers(connect_peer, self._poller, wake)
         self._lanes = Lanes(offers, self._poller, self._message, self._left)
+        engine.outlets = Outlets(self._lanes.lends, self._peers.lends)
         self.stopping = False
 
     def run_forever(self) -> None:

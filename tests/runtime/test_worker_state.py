@@ -48,7 +48,8 @@ class Tools:
     def is_small(self, loaded: str) -> bool:
         return self.small
 
-    def run_now(self, loaded: str, env: dict[int, Any], resident_bytes: int) -> tuple[list[Any], float]:
+    def run_now(self, loaded: str, env: dict[int, Any], resident_bytes: int,
+                connection: bytes) -> tuple[list[Any], float]:
         if env[0].content == b"bad":
             raise ValueError("no such value")
         return [Blob(env[0].content + b"!")], 0.5
