@@ -51,7 +51,7 @@ def lane(params: Mapping[str, Any]) -> Step:
         channel.send([head, payload])
         channel.receive(60.0)
 
-    return _step(call, peer)
+    return _step(call, peer, peer.copies)
 
 
 def raw(params: Mapping[str, Any]) -> Step:
@@ -88,10 +88,10 @@ def pyzmq(params: Mapping[str, Any]) -> Step:
     return tiny_call.pyzmq(params)
 
 
-def _step(call: Callable[[], None], peer: Any) -> Step:
+def _step(call: Callable[[], None], peer: Any, more: Callable[[], dict[str, float]] = dict) -> Step:
     for _ in range(5):
         call()
-    return Step(call=call, facts=lambda: {"cpu_s": peer.cpu_s()}, close=peer.close)
+    return Step(call=call, facts=lambda: {"cpu_s": peer.cpu_s(), **more()}, close=peer.close)
 
 
 def pool(params: Mapping[str, Any]) -> Step:
@@ -166,7 +166,10 @@ def _bulk(settings: Settings, size: int) -> Case:
     rates = ", ".join(f"{label} {size / s.median / 1e9:.2f}" for label, s in seen.series.items())
     cpu = ", ".join(f"{label} {facts['cpu_s'] / size * 1e9:.3f}" for label, facts in seen.per_call.items()
                     if "cpu_s" in facts)
+    copies = ", ".join(f"{label} {facts['bytes_copied'] / facts['bytes_moved']:.2f}"
+                       for label, facts in seen.per_call.items() if facts.get("bytes_moved"))
     return Case(bench="lanes", title=f"{size // MIB} MiB one way, with an answer of one byte", threads=1, pinned=False,
                 series=seen.series, ratios=(shm, seen.ratio("shm, in place", "memcpy"), tcp), targets=tuple(targets),
                 per_call=seen.per_call, notes=(f"GB/s: {rates}", f"CPU seconds per GB, both ends: {cpu}",
+                       f"copies per byte, both ends, without the kernel's: {copies}",
                        f"shm less what it costs in place: {copy_s / seen.series['memcpy'].median:.2f} of memcpy"))

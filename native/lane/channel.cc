@@ -92,6 +92,7 @@ std::uint64_t Channel::send(std::span<const Slice> slices, const SendOptions& op
   if (slices.size() > capabilities().max_slices) {
     bundled = bundle(slices, capabilities().max_slices, [this](std::size_t size) { return lane_->allocate(size); });
     if (bundled.empty()) return 0;
+    for (const Slice& slice : slices) copied_out(slice.size_bytes);
     slices = bundled;
     epoch |= kBundled;
   }
@@ -218,7 +219,20 @@ void Channel::tidy() {
 Statistics Channel::statistics() const {
   if (is_inherited()) return {};
   const Lock lock(lock_);
-  return lane_->statistics();
+  Statistics facts = lane_->statistics();
+  facts.bytes_copied_out += copied_out_.load(std::memory_order_relaxed);
+  facts.bytes_copied_in += copied_in_.load(std::memory_order_relaxed);
+  return facts;
+}
+
+bool Channel::reserve(std::size_t size_bytes, std::size_t count) {
+  Pool* const pool = is_inherited() ? nullptr : lane_->pool();
+  return pool != nullptr && pool->reserve(size_bytes, count);   // which has a lock of its own
+}
+
+std::optional<PoolStatistics> Channel::memory() const {
+  const Pool* const pool = is_inherited() ? nullptr : lane_->pool();
+  return pool == nullptr ? std::nullopt : std::optional(pool->statistics());
 }
 
 std::vector<std::pair<std::string, std::uint64_t>> Channel::details() const {

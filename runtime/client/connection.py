@@ -27,6 +27,7 @@ from genie_dynamo.core.errors import (
 )
 from genie_dynamo.core.stencil import WIDE
 from genie_dynamo.core.wire import pack, unpack
+from genie_dynamo.runtime.lanes.copies import Tally, count_for
 from genie_dynamo.runtime.lanes.ends import End, Message, NativeEnd, Numbers
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 
@@ -43,10 +44,14 @@ Received = tuple[m.Message, Sequence[Any], int]
 
 
 class Connection:
-    """Used by one thread at a time. After an error that leaves replies under way, close it: never reuse it."""
+    """Used by one thread at a time. After an error that leaves replies under way, close it: never reuse it.
+
+    Args: on_closed: told of this connection when it closes, while its counters can be asked still.
+    """
 
     def __init__(self, socket: zmq.Socket[bytes], address: str, check_alive: Callable[[], None],
-                 grace_s: float = STREAM_GRACE_S) -> None:
+                 grace_s: float = STREAM_GRACE_S,
+                 on_closed: Callable[[Connection], None] = lambda connection: None) -> None:
         self.socket = socket
         self._check_alive = check_alive
         self._grace_s = grace_s
@@ -54,6 +59,8 @@ class Connection:
         self.address = address
         self.end: End | None = None
         self._streaming = False            # the answer comes over the end
+        self._tally = Tally()
+        self._on_closed = on_closed
         socket.setsockopt(zmq.RCVTIMEO, POLL_MS)
 
     def next_request(self) -> int:
@@ -78,11 +85,13 @@ class Connection:
         header = pack(m.to_wire(message))
         if self._has_lane and type(message) is not m.Cancel:
             self._send_over_end(header, frames, time.monotonic() + SEND_TIMEOUT_S)
-        elif frames:
-            send_parts(self.socket, [header, *frames])
         else:
-            self.socket.send(header)
+            self._over_socket(header, frames)
         return len(header)
+
+    def _over_socket(self, header: bytes, frames: Sequence[Any]) -> None:
+        self._tally.moved_out += len(header) + (sum(map(len, frames)) if frames else 0)
+        send_parts(self.socket, [header, *frames] if frames else [header])
 
     def run(self, header: bytes, frames: Sequence[Any], deadline_s: float, streaming: bool = True) -> None:
         """Send a packed Run, over the stream or lane if that is allowed and it fits; `receive` then waits there.
@@ -94,10 +103,12 @@ class Connection:
         if self._streaming:
             self._send_over_end(header, frames, deadline_s)
         else:
-            send_parts(self.socket, [header, *frames])
+            self._over_socket(header, frames)
 
     def _send_over_end(self, header: bytes, frames: Sequence[Any], deadline_s: float) -> None:
         assert self.end is not None
+        if not self.end.carries_all:
+            self._tally.moved_out += len(header) + (sum(map(len, frames)) if frames else 0)
         try:
             self.end.send(header, frames, lambda: self._still_waiting(deadline_s))
         except GenieError:
@@ -110,10 +121,13 @@ class Connection:
 
         Raises: WorkerLostError (through check_alive), WorkerTimeoutError, ProtocolError.
         """
+        count_for(self._tally)
         if self._streaming:
             came = self._from_end(deadline_s)
             if came is not None:
                 header, frames = came
+                if not self._has_lane:
+                    self._tally.moved_in += len(header) + sum(frame.nbytes for frame in frames)
                 return m.from_wire(unpack(header, flat=True)), frames, len(header)
         return self._from_socket(deadline_s)
 
@@ -174,6 +188,7 @@ class Connection:
         frames: list[Any] = []
         while socket.getsockopt(zmq.RCVMORE):
             frames.append(socket.recv(copy=False))
+        self._tally.moved_in += len(header) + sum(map(len, frames))
         return m.from_wire(unpack(header, flat=True)), frames, len(header)
 
     def _still_waiting(self, deadline_s: float) -> None:
@@ -197,6 +212,7 @@ class Connection:
     def _lane_broke(self, error: BaseException) -> NoReturn:
         """Ask over the ZeroMQ socket, which nothing else uses now, whether the worker is still there."""
         assert self.end is not None
+        self._tally.add(self.end.counters())
         end, self.end, self._streaming = self.end, None, False
         end.close()
         try:
@@ -218,9 +234,22 @@ class Connection:
         if isinstance(answer, m.Failure):
             raise to_error(answer, self.address)
 
+    def begin(self) -> None:
+        """What this thread copies from here on is for this connection."""
+        end = self.end
+        count_for(self._tally, end.lend if type(end) is NativeEnd else None)
+
+    def copies(self) -> Tally:
+        """What was moved and copied of all messages in both directions, with what the lane has counted."""
+        return self._tally.plus(self.lane_counters())
+
     def lane_counters(self) -> dict[str, int]:
         """What the native lane has counted, of every message in both directions; nothing where there is none."""
         return self.end.counters() if self.end is not None else {}
+
+    def lane_memory(self) -> dict[str, Any]:
+        """The numbers of the pool that the native lane sends from; nothing where there is none."""
+        return dict(self.end.channel.memory() or {}) if type(self.end) is NativeEnd else {}
 
     def tidy(self) -> None:
         """Give back memory of the lane that nothing has needed for a while."""
@@ -230,6 +259,7 @@ class Connection:
     def close_end(self) -> None:
         """Let go of the stream or lane: everything takes the ZeroMQ socket again."""
         if self.end is not None:
+            self._tally.add(self.end.counters())
             self.end.close()
         self.end, self._streaming = None, False
 
@@ -248,6 +278,7 @@ class Connection:
                 return answer
 
     def close(self, linger_ms: int = 0) -> None:
+        self._on_closed(self)
         if self.end is not None:
             self.end.close()
         self.socket.close(linger=linger_ms)

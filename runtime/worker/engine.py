@@ -22,6 +22,7 @@ from genie_dynamo.core.program import FragmentProgram, WorkerProgram
 from genie_dynamo.runtime.births import Lend
 from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
 from genie_dynamo.runtime.lanes import native
+from genie_dynamo.runtime.lanes.copies import Tally, copied_in, count_for
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.worker.compiled import RUNS, CompiledFragment
 from genie_dynamo.runtime.worker.records import RunRecord
@@ -44,11 +45,13 @@ Emit = Callable[[RunRecord, int, Any], bool]
 class Outlets(NamedTuple):
     """The lanes that values leave over, as far as they lend memory that they send without a copy.
 
-    Each: what lends so many bytes (or None for want of them); None where the lane lends nothing.
+    The first two: what lends so many bytes (or None for want of them); None where the lane lends nothing.
     """
 
     to_client: Callable[[bytes], Callable[[int], Any] | None]      # by connection
     to_peer: Callable[[str], Callable[[int], Any] | None]          # by address
+    counters: Callable[[bytes], dict[str, int]]                    # of the lane that is a connection; empty for none
+    memory: Callable[[bytes], dict[str, Any]]                      # of its pool
 
 
 OF_INPUT = -1
@@ -151,7 +154,10 @@ class Engine:
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor in memory of this worker, aligned as kernels like it: for what is kept, or written to."""
-        return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES or native.is_foreign(tensor) else tensor
+        if not tensor.data_ptr() % ALIGNMENT_BYTES and not native.is_foreign(tensor):
+            return tensor
+        copied_in(tensor.nbytes)
+        return tensor.clone()
 
     def _writable(self, inputs: list[Any]) -> list[Any]:
         """What a graph that may write to its inputs gets instead of a client's pages."""
@@ -191,6 +197,16 @@ class Engine:
 
     def view(self, tensor: torch.Tensor, view: Any) -> torch.Tensor:
         return tensors.view_within(tensor, view)
+
+    def works_for(self, copies: Tally) -> None:
+        """What is copied from here on is for a session."""
+        count_for(copies)
+
+    def lane_counters(self, connection: bytes) -> dict[str, int]:
+        return self.outlets.counters(connection) if self.outlets is not None else {}
+
+    def lane_memory(self, connection: bytes) -> dict[str, Any]:
+        return self.outlets.memory(connection) if self.outlets is not None else {}
 
     def facts(self) -> dict[str, Any]:
         return {

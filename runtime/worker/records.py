@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import GenieError
 from genie_dynamo.core.program import WorkerProgram
+from genie_dynamo.runtime.lanes.copies import Tally
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +69,7 @@ class SessionRecord:
     runs: dict[int, list[RunRecord]] = field(default_factory=dict)       # call id -> runs
     broken: dict[tuple[int, int], GenieError] = field(default_factory=dict)
     pushed_bytes: int = 0                                  # of tensors, to other workers
+    copies: Tally = field(default_factory=Tally)           # of its payload here, beside the lanes that are open
 
 
 class Repeatable(NamedTuple):

@@ -83,7 +83,8 @@ class Shell:
         self._streams = Streams(listener, self._poller, self._message, self._left) if listener is not None else None
         self._peers = Peers(connect_peer, self._poller, wake)
         self._lanes = Lanes(offers, self._poller, self._message, self._left)
-        engine.outlets = Outlets(self._lanes.lends, self._peers.lends)
+        engine.outlets = Outlets(self._lanes.lends, self._peers.lends, self._lanes.counters,
+                                  self._lanes.memory)
         self.stopping = False
 
     def run_forever(self) -> None:
@@ -205,6 +206,7 @@ class Shell:
             self._ready.remove(run)
 
     def _advance(self, run: RunRecord) -> None:
+        self._engine.works_for(run.session.copies)
         try:
             status = self._engine.advance(run, time.monotonic() + SLICE_S, self._emit)
             if status is RunStatus.DONE and not run.abandoned:
@@ -245,6 +247,8 @@ class Shell:
         header = pack(m.to_wire(message))
         if connection in self._lanes:
             self._lanes.send(connection, header, frames)
+            if type(message) is m.Result:
+                self._lanes.make_ready(connection)
             return
         if self._streams is not None and connection in self._streams:
             route = self._state.routes.get(connection)

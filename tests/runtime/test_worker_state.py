@@ -66,6 +66,15 @@ class Tools:
     def stage(self, value: Any, frames: list[Any]) -> Any:
         return (m.INLINE, (value.content,))
 
+    def works_for(self, copies: Any) -> None:
+        """It copies nothing."""
+
+    def lane_counters(self, connection: bytes) -> dict[str, int]:
+        return {}
+
+    def lane_memory(self, connection: bytes) -> dict[str, Any]:
+        return {}
+
     def facts(self) -> dict[str, Any]:
         return {"device": "cpu"}
 
