@@ -62,6 +62,7 @@ class Connection:
         self._tally = Tally()
         self._on_closed = on_closed
         socket.setsockopt(zmq.RCVTIMEO, POLL_MS)
+        socket.setsockopt(zmq.SNDTIMEO, POLL_MS)
 
     def next_request(self) -> int:
         """A number for the next message that wants an answer."""
@@ -86,12 +87,8 @@ class Connection:
         if self._has_lane and type(message) is not m.Cancel:
             self._send_over_end(header, frames, time.monotonic() + SEND_TIMEOUT_S)
         else:
-            self._over_socket(header, frames)
+            self._send_over_socket(header, frames, time.monotonic() + SEND_TIMEOUT_S)
         return len(header)
-
-    def _over_socket(self, header: bytes, frames: Sequence[Any]) -> None:
-        self._tally.moved_out += len(header) + (sum(map(len, frames)) if frames else 0)
-        send_parts(self.socket, [header, *frames] if frames else [header])
 
     def run(self, header: bytes, frames: Sequence[Any], deadline_s: float, streaming: bool = True) -> None:
         """Send a packed Run, over the stream or lane if that is allowed and it fits; `receive` then waits there.
@@ -103,7 +100,16 @@ class Connection:
         if self._streaming:
             self._send_over_end(header, frames, deadline_s)
         else:
-            self._over_socket(header, frames)
+            self._send_over_socket(header, frames, deadline_s)
+
+    def _send_over_socket(self, header: bytes, frames: Sequence[Any], deadline_s: float) -> None:
+        self._tally.moved_out += len(header) + (sum(map(len, frames)) if frames else 0)
+        while True:
+            try:
+                send_parts(self.socket, [header, *frames])
+                return
+            except zmq.Again:        # a full queue takes no part of a message
+                self._still_waiting(deadline_s)
 
     def _send_over_end(self, header: bytes, frames: Sequence[Any], deadline_s: float) -> None:
         assert self.end is not None

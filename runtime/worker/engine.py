@@ -23,7 +23,8 @@ from genie_dynamo.runtime.births import Lend
 from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
 from genie_dynamo.runtime.lanes import native
 from genie_dynamo.runtime.lanes.copies import Tally, copied_in, count_for
-from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
+from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames, cut, travels_in_pieces
+from genie_dynamo.runtime.worker.assembly import Assembly
 from genie_dynamo.runtime.worker.compiled import RUNS, CompiledFragment
 from genie_dynamo.runtime.worker.records import RunRecord
 from genie_dynamo.runtime.worker.rng import Generator
@@ -146,6 +147,7 @@ class Engine:
         self._refused: dict[str, str] = {}
         self.outlets: Outlets | None = None
         self.num_repeated = 0            # runs that were recognised (worker/steady.py)
+        self.peer_lanes: Callable[[], dict[str, Any]] = dict      # which lanes go to other workers, for people
 
     # -- toolbox ----------------------------------------------------------------------------------------------
 
@@ -158,6 +160,12 @@ class Engine:
             return tensor
         copied_in(tensor.nbytes)
         return tensor.clone()
+
+    def announced_bytes(self, wire: Any) -> int:
+        return tensors.form_of(wire).size_bytes
+
+    def assemble(self, wire: Any) -> Assembly:
+        return Assembly(wire)
 
     def _writable(self, inputs: list[Any]) -> list[Any]:
         """What a graph that may write to its inputs gets instead of a client's pages."""
@@ -173,6 +181,10 @@ class Engine:
                 return (m.ALIAS, value.holder, value.view)
             return (m.SPAN, self.lane.stage(self._on_host(value.memory), frames), value.view)
         return value
+
+    def cut(self, tensor: torch.Tensor) -> Sequence[tuple[Any, Any, int]]:
+        """A large tensor in pieces (lanes/zmq_frames.py); nothing of one that travels as a whole."""
+        return tuple(cut(self._on_host(tensor))) if travels_in_pieces(tensor) else ()
 
     def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self._staging is None or tensor.is_cpu else self._staging.down(tensor)
@@ -191,6 +203,10 @@ class Engine:
         plain, _ = tensors.describe(tensor)
         size_bytes = plain.numel() * plain.element_size()
         return tensors.view_memory(plain, size_bytes) if size_bytes else b""
+
+    def content_size(self, tensor: torch.Tensor) -> int:
+        """Bytes that travel of a tensor: of one that is expanded, those that differ."""
+        return tensors.numel(tensors.core_shape(tuple(tensor.shape), tensor.stride())) * tensor.element_size()
 
     def size_bytes(self, tensor: Any) -> int:
         return tensor.untyped_storage().nbytes() if isinstance(tensor, torch.Tensor) else 0
@@ -213,6 +229,7 @@ class Engine:
             "device": str(self.device), "threads": self.num_threads, "torch": str(torch.__version__),
             "pid": os.getpid(), "memory_bytes": resident_set_bytes(), "cpu_seconds": time.process_time(),
             "repeated_runs": self.num_repeated, "compiler_refusals": dict(self._refused), "compilers": dict(RUNS),
+            "peer_lanes": self.peer_lanes(),
             "staged_bytes": dict(self._staging.counted) if self._staging is not None else {},
         }
 

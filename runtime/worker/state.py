@@ -62,7 +62,8 @@ class WorkerState:
         self._runs = Runs(toolbox, incarnation, limits)
         residents = self._runs.residents
         self._handlers: dict[type[Any], Callable[..., list[Command]]] = {
-            m.Load: self._load, m.Have: residents.have, m.Put: residents.put, m.Adopt: residents.adopt,
+            m.Load: self._load, m.Have: residents.have, m.Put: residents.put, m.Piece: residents.piece,
+            m.Adopt: residents.adopt,
             m.Cancel: self._runs.cancel, m.Free: residents.free, m.Drop: self._drop, m.Fetch: residents.fetch,
             m.Move: residents.move,
             m.Stats: self._stats, m.Ping: self._ping, m.Bye: self._bye, m.Calibrate: self._measure,
@@ -94,6 +95,8 @@ class WorkerState:
                 return self._runs.push(self.sessions.get(message.session), message, event.frames)
             if type(message) is m.Land:
                 return self._runs.residents.land(self.sessions.get(message.session), message, event.frames)
+            if type(message) is m.Piece and message.session:
+                return self._runs.residents.piece(self.sessions.get(message.session), event)
             if type(message) is m.Echo:
                 return self._echo(event.connection, message, event.frames)
             session = self._by_connection.get(event.connection)
@@ -149,6 +152,8 @@ class WorkerState:
         if session is not None:
             session.connections.discard(connection)
             session.copies.add(self._tools.lane_counters(connection))
+            for key in [key for key, arriving in session.arriving.items() if arriving.sender == connection]:
+                del session.arriving[key]
         return []
 
     def _load(self, session: SessionRecord, event: Received) -> list[Command]:
@@ -174,6 +179,7 @@ class WorkerState:
             "waiting_runs": sum(map(len, session.runs.values())), "pushed_bytes": session.pushed_bytes,
             "lane_memory": native.sum_memory(map(self._tools.lane_memory, session.connections)),
             "copied": (copies.copied_out, copies.copied_in),
+            "moved_bytes": session.moved_bytes,
         }
         return [Reply(event.connection, m.Done(event.message.request, info))]  # type: ignore[union-attr]
 
@@ -227,6 +233,7 @@ class WorkerState:
             run.abandoned = True
         session.runs.clear()
         session.tensors.clear()
+        session.arriving.clear()
         session.programs.clear()
         session.templates.clear()
         session.mailbox.clear()
