@@ -63,9 +63,9 @@ class Birth:
         self._forms: dict[Any, Form | None] = {}
         self._proven: set[Any] = set()
 
-    def met(self, result: Any) -> None:
+    def met(self, result: torch.Tensor) -> None:
         """The op has made a result the ordinary way."""
-        self.wanted = not self._refused and isinstance(result, torch.Tensor) and result.nbytes >= MIN_BYTES
+        self.wanted = not self._refused and result.nbytes >= MIN_BYTES
 
     def make(self, lend: Lend, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """The op's result, in memory that was lent where that can be."""
@@ -141,13 +141,11 @@ def birth_step(birth: Birth, plain: Step, node: NodeSpec, registers: list[int], 
     kwargs = [(key, literals.builder(value, registers)) for key, value in node.kwargs.items()]
 
     def step(regs: list[Any]) -> None:
-        lend = regs[lender]
-        if lend is None:
-            plain(regs)
-        elif birth.wanted:
+        if birth.wanted and (lend := regs[lender]) is not None:
             regs[out] = birth.make(lend, [build(regs) for build in args], {key: build(regs) for key, build in kwargs})
-        else:
-            plain(regs)
+            return
+        plain(regs)
+        if regs[out].nbytes >= MIN_BYTES:
             birth.met(regs[out])
 
     return step

@@ -91,7 +91,7 @@ class FlatPlan:
             self.may_write |= literals.may_write(node)
         self._plain_steps, self._times = self._steps, None
         self._output_builders = [literals.output_builder(output, registers) for output in spec.outputs]
-        self.has_births = bool(births)
+        self.births = tuple(births.values())
         self._lender = num_registers
         self._template = [None] * (num_registers + 1 - spec.num_inputs) + literals.values
         self._literals = literals
@@ -124,6 +124,14 @@ class FlatPlan:
 
     def _subgraph(self, spec: GraphSpec, device: torch.device, extra_namespaces: frozenset[str]) -> SubgraphCallable:
         return SubgraphCallable(FlatPlan(spec, device=device, extra_namespaces=extra_namespaces))
+
+    @property
+    def wants_lender(self) -> bool:
+        """Whether a run would use one: the last one's outputs were large enough."""
+        for birth in self.births:  # noqa: SIM110 - a hot path
+            if birth.wanted:
+                return True
+        return False
 
     def run(self, inputs: list[Any], lend: Lend | None = None) -> list[Any]:
         """Run to the end. Takes the inputs out of the list.

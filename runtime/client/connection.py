@@ -27,7 +27,7 @@ from genie_dynamo.core.errors import (
 )
 from genie_dynamo.core.stencil import WIDE
 from genie_dynamo.core.wire import pack, unpack
-from genie_dynamo.runtime.lanes.copies import Tally, count_for
+from genie_dynamo.runtime.lanes.copies import Tally, Work, count_for
 from genie_dynamo.runtime.lanes.ends import End, Message, NativeEnd, Numbers
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 
@@ -60,6 +60,7 @@ class Connection:
         self.end: End | None = None
         self._streaming = False            # the answer comes over the end
         self._tally = Tally()
+        self._work = Work(self._tally)
         self._on_closed = on_closed
         socket.setsockopt(zmq.RCVTIMEO, POLL_MS)
         socket.setsockopt(zmq.SNDTIMEO, POLL_MS)
@@ -127,7 +128,7 @@ class Connection:
 
         Raises: WorkerLostError (through check_alive), WorkerTimeoutError, ProtocolError.
         """
-        count_for(self._tally)
+        count_for(self._work)
         if self._streaming:
             came = self._from_end(deadline_s)
             if came is not None:
@@ -220,6 +221,7 @@ class Connection:
         assert self.end is not None
         self._tally.add(self.end.counters())
         end, self.end, self._streaming = self.end, None, False
+        self._work = Work(self._tally)
         end.close()
         try:
             self.ask(m.Stats(self.next_request()), time.monotonic() + max(self._grace_s, STREAM_GRACE_S))
@@ -234,6 +236,7 @@ class Connection:
     def open_end(self, end: End, route: bytes, token: bytes, lease_s: float, timeout_s: float) -> None:
         """Say hello over a stream or lane: from here on runs take it. Raises: what the worker says, or WorkerError."""
         self.end = end
+        self._work = Work(self._tally, end.lend if type(end) is NativeEnd else None)
         deadline_s = time.monotonic() + timeout_s
         self.run(pack(m.to_wire(m.Hello(m.PROTOCOL_VERSION, token, lease_s, {}, route))), (), deadline_s)
         answer, _, _ = self.receive(deadline_s)
@@ -242,8 +245,7 @@ class Connection:
 
     def begin(self) -> None:
         """What this thread copies from here on is for this connection."""
-        end = self.end
-        count_for(self._tally, end.lend if type(end) is NativeEnd else None)
+        count_for(self._work)
 
     def copies(self) -> Tally:
         """What was moved and copied of all messages in both directions, with what the lane has counted."""
@@ -268,6 +270,7 @@ class Connection:
             self._tally.add(self.end.counters())
             self.end.close()
         self.end, self._streaming = None, False
+        self._work = Work(self._tally)
 
     def ask(self, message: m.Message, deadline_s: float) -> m.Message:
         """Send a request and wait for its answer; answers to older requests are dropped.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,28 +55,35 @@ Lend = Callable[[int], Any]
 """Lends memory that a lane sends without a copy: so many bytes, or None for want of them."""
 
 
-class _Thread(threading.local):
-    tally = Tally()          # of whoever works for nobody
+class Work(NamedTuple):
+    """What a thread copies for. lend: of the lane that what is to leave will take."""
+
+    tally: Tally
     lend: Lend | None = None
+
+
+class _Thread(threading.local):
+    work = Work(Tally())          # of whoever works for nobody
 
 
 _thread = _Thread()
 
 
-def count_for(tally: Tally, lend: Lend | None = None) -> None:
-    """This thread's copies are counted in `tally` from here on. Args: lend: of the lane that they will leave over."""
-    _thread.tally, _thread.lend = tally, lend
+def count_for(work: Work) -> None:
+    """What this thread copies is counted there from here on."""
+    _thread.work = work
 
 
 def copied_out(size_bytes: int) -> None:
     """Payload that is to leave was copied."""
-    _thread.tally.copied_out += size_bytes
+    _thread.work.tally.copied_out += size_bytes
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous copy of a CPU tensor that is to leave, in memory of its lane where there is some."""
     copied_out(tensor.nbytes)
-    memory = _thread.lend(tensor.nbytes) if _thread.lend is not None and tensor.nbytes >= LENT_BYTES else None
+    lend = _thread.work.lend
+    memory = lend(tensor.nbytes) if lend is not None and tensor.nbytes >= LENT_BYTES else None
     if memory is None:
         return tensor.contiguous()
     return torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
@@ -84,4 +91,4 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 
 def copied_in(size_bytes: int) -> None:
     """Payload that came was copied."""
-    _thread.tally.copied_in += size_bytes
+    _thread.work.tally.copied_in += size_bytes

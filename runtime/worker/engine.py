@@ -22,7 +22,7 @@ from genie_dynamo.core.program import FragmentProgram, WorkerProgram
 from genie_dynamo.runtime.births import Lend
 from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
 from genie_dynamo.runtime.lanes import native
-from genie_dynamo.runtime.lanes.copies import Tally, copied_in, count_for
+from genie_dynamo.runtime.lanes.copies import Work, copied_in, count_for
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames, cut, travels_in_pieces
 from genie_dynamo.runtime.worker.assembly import Assembly
 from genie_dynamo.runtime.worker.compiled import RUNS, CompiledFragment
@@ -214,9 +214,9 @@ class Engine:
     def view(self, tensor: torch.Tensor, view: Any) -> torch.Tensor:
         return tensors.view_within(tensor, view)
 
-    def works_for(self, copies: Tally) -> None:
+    def works_for(self, work: Work) -> None:
         """What is copied from here on is for a session."""
-        count_for(copies)
+        count_for(work)
 
     def lane_counters(self, connection: bytes) -> dict[str, int]:
         return self.outlets.counters(connection) if self.outlets is not None else {}
@@ -259,7 +259,7 @@ class Engine:
         small = loaded.small
         assert small is not None
         started = time.perf_counter()
-        lends = self.outlets.to_client(connection) if small.plan.has_births and self.outlets is not None else None
+        lends = self.outlets.to_client(connection) if small.plan.wants_lender and self.outlets is not None else None
         try:
             inputs = [env[v] for v in small.inputs]
             outputs = small.plan.run(self._writable(inputs) if small.plan.may_write else inputs,
@@ -342,7 +342,7 @@ class Engine:
     def _lender(self, run: RunRecord, fragment: LoadedFragment) -> Lend | None:
         """Who lends memory for a fragment's outputs: for each the lane that it takes first."""
         outlets = self.outlets
-        if outlets is None or not fragment.plan.has_births:
+        if outlets is None or not fragment.plan.wants_lender:
             return None
         client, loaded, outputs = outlets.to_client(run.connection), run.loaded, fragment.program.outputs
         stays = {value for value, (_, epoch) in zip(run.program.state, run.message.state, strict=False) if epoch}

@@ -96,6 +96,7 @@ class _Client:
         self.header = b""                         # of the message that is being handled the ordinary way
         self.steady: SteadyRun | None = None      # the run that it repeats
         self.streak = Streak()
+        self.lends = channel.allocate if channel.shares_pages else None
         self.leaves: list[int] = []               # sizes of what an answer that is not complete has brought so far
         self.ready: set[tuple[int, ...]] = set()  # sizes of answers that memory was made ready for
 
@@ -233,7 +234,7 @@ class Lanes:
     def lends(self, connection: bytes) -> Callable[[int], Any] | None:
         """What lends memory that a client's lane sends without a copy; None where the lane has none."""
         client = self._by_name.get(connection)
-        return client.channel.allocate if client is not None and client.channel.shares_pages else None
+        return client.lends if client is not None else None
 
     def make_ready(self, connection: bytes) -> None:
         """An answer is complete: have memory for the next one of its sizes while the client still holds this one."""
@@ -269,7 +270,7 @@ class Lanes:
         except (OSError, MessageLimitError) as error:
             self._drop(client, error)
         else:
-            if frames and client.channel.shares_pages:
+            if frames and client.lends is not None:
                 client.leaves += map(len, frames)
 
     def _sent(self, client: _Client, sent: int, frames: Sequence[Any]) -> None:

@@ -209,7 +209,7 @@ class Shell:
             self._ready.remove(run)
 
     def _advance(self, run: RunRecord) -> None:
-        self._engine.works_for(run.session.copies)
+        self._engine.works_for(run.session.work)
         try:
             status = self._engine.advance(run, time.monotonic() + SLICE_S, self._emit)
             if status is RunStatus.DONE and not run.abandoned:

@@ -15,7 +15,7 @@ from genie_dynamo.core.errors import ProtocolError, StaleHandleError, VersionMis
 from genie_dynamo.core.limits import DEFAULT_LIMITS, Limits
 from genie_dynamo.core.program import WorkerProgram, read_offers
 from genie_dynamo.runtime.lanes import native
-from genie_dynamo.runtime.lanes.copies import Tally
+from genie_dynamo.runtime.lanes.copies import Tally, Work
 from genie_dynamo.runtime.worker.events import (
     Abandon,
     Command,
@@ -57,7 +57,7 @@ class WorkerState:
         self._by_connection: dict[bytes, SessionRecord] = {}
         self._tools = toolbox
         self._quota_bytes = quota_bytes
-        self._from_peers = Tally()                         # copies that no client's bytes are the reason of
+        self._from_peers = Work(Tally())                         # copies that no client's bytes are the reason of
         self._limits = limits
         self._runs = Runs(toolbox, incarnation, limits)
         residents = self._runs.residents
@@ -105,7 +105,7 @@ class WorkerState:
                     f"this worker (incarnation {self.incarnation}) does not know the connection: it was restarted, "
                     "or the session has expired; open a new session", incarnation=self.incarnation)
             session.last_heard_s = event.now_s
-            self._tools.works_for(session.copies)
+            self._tools.works_for(session.work)
             if type(message) is m.Run:
                 return self._runs.run(session, event)
             handler = self._handlers.get(type(message))
@@ -151,7 +151,7 @@ class WorkerState:
         session = self._by_connection.pop(connection, None)
         if session is not None:
             session.connections.discard(connection)
-            session.copies.add(self._tools.lane_counters(connection))
+            session.work.tally.add(self._tools.lane_counters(connection))
             for key in [key for key, arriving in session.arriving.items() if arriving.sender == connection]:
                 del session.arriving[key]
         return []
@@ -169,7 +169,7 @@ class WorkerState:
         return []
 
     def _stats(self, session: SessionRecord, event: Received) -> list[Command]:
-        copies = session.copies.plus({})
+        copies = session.work.tally.plus({})
         for connection in session.connections:
             copies.add(self._tools.lane_counters(connection))
         info = {

@@ -102,7 +102,7 @@ class SteadyRun:
                 return None
             env.update(template.env)
         session.last_heard_s = time.monotonic()
-        self._engine.works_for(session.copies)
+        self._engine.works_for(session.work)
         try:
             for (value_id, form), frame in zip(self._brought, memory, strict=True):
                 env[value_id] = native.to_tensor(frame).view(form.dtype).as_strided(form.core, form.core_stride)

@@ -102,7 +102,7 @@ def test_another_look_at_all_of_the_memory_travels_too() -> None:
 ])
 def test_memory_that_two_outputs_share_is_lent_for_none(second: list[NodeSpec]) -> None:
     plan = plan_of(1, [node("aten::mm.default", X, X), *second], Value(1), Value(1 + len(second)), travels={0})
-    assert not plan.has_births
+    assert not plan.births
 
 
 def test_what_follows_by_computing_does_not_share() -> None:

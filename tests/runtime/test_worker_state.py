@@ -104,7 +104,7 @@ class Tools:
     def stage(self, value: Any, frames: list[Any]) -> Any:
         return (m.INLINE, (value.content,))
 
-    def works_for(self, copies: Any) -> None:
+    def works_for(self, work: Any) -> None:
         """It copies nothing."""
 
     def lane_counters(self, connection: bytes) -> dict[str, int]:
