@@ -23,6 +23,12 @@ namespace {
 
 // In the epoch of a message whose slices are bundled.
 constexpr std::uint64_t kBundled = std::uint64_t{1} << 63;
+// Who is woken and finds nothing was rung for by an end that copies what it is about to send (shm_send.cc).
+constexpr auto kRungEarly = std::chrono::microseconds(100);
+// After a copy of so many bytes into the lane, its sender waits awake for an answer for as long as it may have taken.
+constexpr std::size_t kCopiedBytes = 256U << 10;
+constexpr std::size_t kBytesPerMicrosecond = 20'000;
+constexpr auto kLongestWait = std::chrono::microseconds(200);
 constexpr auto kToldWhy = std::chrono::milliseconds(100);   // who polls in another thread is told first
 
 void breathe() noexcept {
@@ -97,6 +103,7 @@ std::uint64_t Channel::send(std::span<const Slice> slices, const SendOptions& op
     epoch |= kBundled;
   }
   Transfer transfer{0, slices, epoch, options.digest, options.priority, options.deadline};
+  const std::uint64_t copied_before = lane_->statistics().bytes_copied_out;
   const auto tried = [&] {
     transfer.id = next_id_;   // ids rise as they are accepted: while one thread waits for room, others may post
     posted = lane_->post(transfer);
@@ -107,6 +114,9 @@ std::uint64_t Channel::send(std::span<const Slice> slices, const SendOptions& op
     return posted != Posted::kBusy;
   };
   if (!tried()) wait(lock, tried, until, std::chrono::microseconds(0), true);
+  if (const std::uint64_t copied = lane_->statistics().bytes_copied_out - copied_before; copied >= kCopiedBytes) {
+    awake_for_ = std::min(kLongestWait, std::chrono::microseconds(copied / kBytesPerMicrosecond));
+  }
   // The lane knows before we do: whoever is told that it is closed may ask why.
   if (posted == Posted::kClosed) {
     wait(lock, [this] { return closed_; }, Clock::now() + kToldWhy, std::chrono::microseconds(0), true);
@@ -308,6 +318,7 @@ void Channel::sleep(Lock& lock, Deadline until) {
 
 template <typename Ready>
 bool Channel::wait(Lock& lock, Ready ready, Deadline until, std::chrono::microseconds spin, bool for_ends) {
+  if (!for_ends) spin = std::max(spin, std::exchange(awake_for_, std::chrono::microseconds(0)));
   Deadline spin_until = spin.count() > 0 ? Clock::now() + spin : Deadline::min();
   for (;;) {
     if (ready()) return true;
@@ -335,7 +346,7 @@ bool Channel::wait(Lock& lock, Ready ready, Deadline until, std::chrono::microse
         return ready();
       } else if (lane_->arm(for_ends || num_waiting_ > 0)) {
         sleep(lock, until);
-        poll_lane();
+        if (poll_lane() == 0 && !for_ends && Clock::now() < until) spin_until = Clock::now() + kRungEarly;
       }
     }
     polling_ = false;

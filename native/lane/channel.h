@@ -119,6 +119,7 @@ class Channel final : public std::enable_shared_from_this<Channel>, private Sink
   std::deque<Message> inbox_;
   std::unordered_map<std::uint64_t, End> watched_;
   std::uint64_t next_id_ = 1;
+  std::chrono::microseconds awake_for_{0};   // when it waits next
   std::atomic<std::uint64_t> copied_out_{0};
   std::atomic<std::uint64_t> copied_in_{0};
   bool closed_ = false;
