@@ -7,6 +7,7 @@ the answer is one byte.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import socket
 import struct
@@ -49,11 +50,15 @@ def serve(kind: str, address: str, folder: str) -> None:
         time.sleep(0.001)
     spin_s = float(os.environ.get("LANE_SPIN_S", "0"))
     lose(kind)
-    copy = bytearray()
+    copy, beside = bytearray(), 0             # beside: bytes that are copied here, after the lane
     while True:
         came = channel.receive(3600.0, spin_s)
         header, frames = came
-        if frames and header == b"c":
+        if header == b"s" and not frames:
+            counted = channel.statistics()
+            header = json.dumps({"bytes_copied": counted["bytes_copied_in"] + beside}).encode()
+        elif frames and header == b"c":
+            beside += len(frames[0])
             if len(copy) != len(frames[0]):
                 copy = bytearray(len(frames[0]))
             memoryview(copy)[:] = memoryview(frames[0])
@@ -144,6 +149,13 @@ class Peer(Child):
         """CPU seconds of both ends, and of what is between them."""
         between_s = self._sidecar.cpu_s() if self._sidecar is not None else 0.0
         return time.process_time() + super().cpu_s() + between_s
+
+    def copies(self) -> dict[str, float]:
+        """Bytes that went to the other end so far, and copies of them that either end has made."""
+        self.channel.send([b"s"])
+        there = json.loads(self.channel.receive(60.0)[0])
+        here = self.channel.statistics()
+        return {"bytes_moved": here["bytes_sent"], "bytes_copied": here["bytes_copied_out"] + there["bytes_copied"]}
 
     def close(self) -> None:
         if self._sidecar is not None:

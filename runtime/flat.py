@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from genie_dynamo.core.fragment import GraphSpec, Value
+from genie_dynamo.runtime.births import Lend, birth_step, find_births
 from genie_dynamo.runtime.step_times import StepTimes
 from genie_dynamo.runtime.steps import Literals, Step, clear_step, make_step, references
 
@@ -48,20 +49,22 @@ class RunStatus(enum.Enum):
 class FlatPlan:
     """A graph ready to run on one device, any number of times, from any thread.
 
+    Args:   travels: indices of outputs that a run may make in memory that it is lent (runtime/births.py).
     Raises: UnsupportedGraphError where an op may not or cannot run here.
     """
 
     def __init__(self, spec: GraphSpec, *, device: torch.device,
-                 extra_namespaces: frozenset[str] = frozenset()) -> None:
+                 extra_namespaces: frozenset[str] = frozenset(), travels: frozenset[int] = frozenset()) -> None:
         self.spec = spec
         self.device = device
         self.num_inputs = spec.num_inputs
-        self._build(spec, device, extra_namespaces)
+        self._build(spec, device, extra_namespaces, travels if device.type == "cpu" else frozenset())
 
-    def _build(self, spec: GraphSpec, device: torch.device, extra_namespaces: frozenset[str]) -> None:
+    def _build(self, spec: GraphSpec, device: torch.device, extra_namespaces: frozenset[str],
+               travels: frozenset[int]) -> None:
         last_use = _last_uses(spec)
         registers, deaths, num_registers = _allocate(spec, last_use)
-        literals = Literals(spec, device, extra_namespaces, first=num_registers, subgraph=self._subgraph)
+        literals = Literals(spec, device, extra_namespaces, first=num_registers + 1, subgraph=self._subgraph)
         self._steps: list[Step] = []
         self._times: StepTimes | None
         self._node_of_step: list[int] = []
@@ -69,12 +72,17 @@ class FlatPlan:
         ends: list[int] = []
         last_write = -1
         self.may_write = False            # to memory that an input lies in
+        births = find_births(spec, travels, literals.function) if travels else {}
         for j, node in enumerate(spec.nodes):
             for used in references((node.args, node.kwargs)):
                 if used < spec.num_inputs:
                     self._first_use[used] = min(self._first_use[used], len(self._steps))
             function = literals.function(node)
-            self._append(make_step(function, node, registers, registers[spec.num_inputs + j], literals), j)
+            out = registers[spec.num_inputs + j]
+            step = make_step(function, node, registers, out, literals)
+            if j in births:
+                step = birth_step(births[j], step, node, registers, out, num_registers, literals)
+            self._append(step, j)
             if deaths[j]:
                 self._append(clear_step(deaths[j]), j)
             ends.append(len(self._steps))
@@ -83,7 +91,9 @@ class FlatPlan:
             self.may_write |= literals.may_write(node)
         self._plain_steps, self._times = self._steps, None
         self._output_builders = [literals.output_builder(output, registers) for output in spec.outputs]
-        self._template = [None] * (num_registers - spec.num_inputs) + literals.values
+        self.births = tuple(births.values())
+        self._lender = num_registers
+        self._template = [None] * (num_registers + 1 - spec.num_inputs) + literals.values
         self._literals = literals
         self._registers = registers
         self._unused = tuple(k for k in range(spec.num_inputs) if last_use[k] < 0)
@@ -115,12 +125,20 @@ class FlatPlan:
     def _subgraph(self, spec: GraphSpec, device: torch.device, extra_namespaces: frozenset[str]) -> SubgraphCallable:
         return SubgraphCallable(FlatPlan(spec, device=device, extra_namespaces=extra_namespaces))
 
-    def run(self, inputs: list[Any]) -> list[Any]:
+    @property
+    def wants_lender(self) -> bool:
+        """Whether a run would use one: the last one's outputs were large enough."""
+        for birth in self.births:  # noqa: SIM110 - a hot path
+            if birth.wanted:
+                return True
+        return False
+
+    def run(self, inputs: list[Any], lend: Lend | None = None) -> list[Any]:
         """Run to the end. Takes the inputs out of the list.
 
         Raises: whatever an op raises, with a note that names the node and its arguments.
         """
-        registers = self._enter(inputs)
+        registers = self._enter(inputs, lend)
         steps = iter(self._steps)
         grad = torch.is_grad_enabled()
         if grad:
@@ -172,15 +190,17 @@ class FlatPlan:
     def _use_steps(self, steps: list[Step]) -> None:
         self._steps = steps
 
-    def start(self, inputs: list[Any]) -> FlatRun:
+    def start(self, inputs: list[Any], lend: Lend | None = None) -> FlatRun:
         """A run that can wait for inputs (MISSING) and be interrupted. Takes the inputs out of the list."""
-        return FlatRun(self, self._enter(inputs))
+        return FlatRun(self, self._enter(inputs, lend))
 
-    def _enter(self, inputs: list[Any]) -> Registers:
+    def _enter(self, inputs: list[Any], lend: Lend | None = None) -> Registers:
         if len(inputs) != self.num_inputs:
             raise ValueError(f"the fragment takes {self.num_inputs} inputs, got {len(inputs)}")
         registers = inputs + self._template
         inputs.clear()
+        if lend is not None:
+            registers[self._lender] = lend
         for k in self._unused:
             registers[k] = None
         return registers

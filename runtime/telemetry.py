@@ -46,6 +46,22 @@ class _Counters:
 _MAX_NOTED = 1024
 
 
+class Copies(NamedTuple):
+    """Bytes between the client and its workers, and copies of them by processors of either end."""
+
+    sent: int
+    sent_by_client: int
+    sent_by_worker: int
+    received: int
+    received_by_client: int
+    received_by_worker: int
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        return {direction: {"bytes_moved": moved, "bytes_copied": {"client": client, "worker": worker},
+                            "per_byte": round((client + worker) / moved, 3) if moved else 0.0}
+                for direction, moved, client, worker in (("sent", *self[:3]), ("received", *self[3:]))}
+
+
 class Share(NamedTuple):
     """What one worker had to do with a call."""
 
@@ -69,6 +85,7 @@ class Telemetry:
         self._lock = threading.Lock()
         # By incarnation of a worker: bytes by reason that it has sent to others, ever.
         self._pushed: dict[str, dict[str, int]] = {}
+        self._copies_of: dict[str, Copies] = {}     # the same of what was copied
         self.reset()
 
     def reset(self) -> None:
@@ -79,6 +96,7 @@ class Telemetry:
             self._workers: dict[str, _Counters] = {}
             self._fallbacks: Counter[str] = Counter()
             self._events: Counter[str] = Counter()
+            self._copies = Copies(*[0] * len(Copies._fields))
 
     def moved(self, worker: str, *, sent: dict[str, int] | None = None, received: dict[str, int] | None = None) -> None:
         """Count bytes between the client and a worker."""
@@ -97,6 +115,16 @@ class Telemetry:
                 for counters in (self._total, self._of(worker)):
                     counters.between[reason] += size_bytes - before.get(reason, 0)
                 before[reason] = size_bytes
+
+    def copied(self, key: str, ever: Copies, *, begin: bool = False) -> None:
+        """What has been moved and copied between the client and a worker (its incarnation is `key`), ever.
+
+        Args: begin: what there has been until now is not counted.
+        """
+        with self._lock:
+            before, self._copies_of[key] = self._copies_of.get(key, ever if begin else None), ever
+            since = ever if before is None else Copies(*map(int.__sub__, ever, before))
+            self._copies = Copies(*map(int.__add__, self._copies, since))
 
     def call(self, shares: Sequence[Share], *, dispatch_s: float, wait_s: float, queue_s: float) -> None:
         """Count a finished call. It is only noted here: adding up can wait until somebody asks."""
@@ -144,6 +172,7 @@ class Telemetry:
                 **self._total.snapshot(),
                 "fallbacks": dict(self._fallbacks),
                 "events": dict(self._events),
+                "copies": self._copies.to_json(),
                 "workers": {name: counters.snapshot() for name, counters in self._workers.items()},
             }
 

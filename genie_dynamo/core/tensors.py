@@ -10,7 +10,7 @@ Dimensions of stride 0 (expanded tensors) are narrowed to one before they travel
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,8 +58,11 @@ def as_plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.is_cpu else tensor.cpu()
 
 
-def describe(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
+def describe(tensor: torch.Tensor, gather: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.contiguous,
+             ) -> tuple[torch.Tensor, tuple[Any, ...]]:
     """`(flat bytes owner, (dtype code, shape, stride, gaps))`: what to send, and how to rebuild it.
+
+    Args: gather: makes a contiguous copy of what has gaps.
 
     The first element's memory, from `data_ptr()` on for `numel * element_size` bytes, is what travels.
     """
@@ -76,8 +79,8 @@ def describe(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
         core = tensor.as_strided(narrow, stride)
         if is_dense(narrow, stride):
             return core, (code, shape, stride, False)
-        return core.contiguous(), (code, shape, stride, True)
-    return tensor.contiguous(), (code, shape, stride, True)
+        return gather(core), (code, shape, stride, True)
+    return gather(tensor), (code, shape, stride, True)
 
 
 def check_form(wire: Any) -> tuple[torch.dtype, tuple[int, ...], tuple[int, ...], Any, bool]:

@@ -6,9 +6,11 @@
 #include <vector>
 
 #include "lane/lane.h"
+#include "memory/pool.h"
 
 namespace genie {
 
+[[nodiscard]] pybind11::dict to_dict(const PoolStatistics& facts);
 void bind_memory(pybind11::module_& module);
 void bind_lanes(pybind11::module_& module);
 void bind_placement(pybind11::module_& module);

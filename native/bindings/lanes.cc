@@ -41,12 +41,13 @@ namespace {
                   genie::name_of(channel.close_end()) + "): " + channel.close_reason());
 }
 
-py::object to_python(Message&& message, bool whole) {
+py::object to_python(Channel& self, Message&& message, bool whole) {
   py::list frames;
   for (std::size_t i = whole ? 0 : 1; i < message.buffers.size(); ++i) frames.append(py::cast(std::move(message.buffers[i])));
   if (whole) return py::make_tuple(message.id, message.epoch, std::move(frames));
   if (message.buffers.empty()) return py::make_tuple(py::bytes(), std::move(frames));
   const Buffer& head = message.buffers.front();
+  self.copied_in(head.size_bytes);
   return py::make_tuple(py::bytes(reinterpret_cast<const char*>(head.data), head.size_bytes), std::move(frames));
 }
 
@@ -77,7 +78,7 @@ py::object receive(Channel& self, double timeout_s, double spin_s, bool whole) {
   }
   HeldBuffers::sweep();
   if (got == Channel::Got::kClosed) raise_closed(self);
-  return got == Channel::Got::kNothing ? py::none() : to_python(std::move(message), whole);
+  return got == Channel::Got::kNothing ? py::none() : to_python(self, std::move(message), whole);
 }
 
 py::dict to_dict(const Statistics& facts) {
@@ -161,7 +162,7 @@ void bind_lanes(py::module_& module) {
               got = self.try_receive(message);
             }
             if (got == Channel::Got::kClosed) raise_closed(self);
-            return got == Channel::Got::kNothing ? py::none() : to_python(std::move(message), false);
+            return got == Channel::Got::kNothing ? py::none() : to_python(self, std::move(message), false);
           },
           "As receive, without waiting.")
       .def(
@@ -171,6 +172,7 @@ void bind_lanes(py::module_& module) {
             HeldBuffers::sweep();
             std::vector<Slice> slices = frames.empty() ? std::vector<Slice>() : HeldBuffers::hold(frames);
             slices.insert(slices.begin(), filled_slice(stencil, values));
+            self.copied_out(stencil.memory_bytes());
             SendOptions options;
             options.digest = digest;
             return post(self, slices, options, timeout_s) != 0;
@@ -195,7 +197,8 @@ void bind_lanes(py::module_& module) {
             HeldBuffers::sweep();
             if (got == Channel::Got::kClosed) raise_closed(self);
             if (got == Channel::Got::kNothing) return py::none();
-            if (!landed) return to_python(std::move(message), false);
+            if (!landed) return to_python(self, std::move(message), false);
+            self.copied_in(landing.copied_bytes());
             py::tuple values = landing.values(message);
             return py::make_tuple(std::move(values), landing.frames(std::move(message)));
           },
@@ -235,6 +238,13 @@ void bind_lanes(py::module_& module) {
             return buffer.data == nullptr ? py::object(py::none()) : py::cast(std::move(buffer));
           },
           "Memory that this lane sends from without a copy; None where there is none now.")
+      .def("reserve", &Channel::reserve, py::arg("size_bytes"), py::arg("count"),
+           py::call_guard<py::gil_scoped_release>(),
+           "Have that many slabs of this size ready. False where they cannot be, or the lane has no pool of its own.")
+      .def("memory", [](const Channel& self) -> py::object {
+        const auto facts = self.memory();
+        return facts ? py::object(to_dict(*facts)) : py::object(py::none());
+      }, "The numbers of the pool that `allocate` lends from; None where the lane has none of its own.")
       .def("tidy", &Channel::tidy, py::call_guard<py::gil_scoped_release>(),
            "Give back memory that nothing has needed for a while. What has come meanwhile is not told of by fileno().")
       .def("close", &Channel::close, py::call_guard<py::gil_scoped_release>())
@@ -242,6 +252,9 @@ void bind_lanes(py::module_& module) {
       .def_property_readonly("close_reason", &Channel::close_reason)
       .def_property_readonly("close_end", [](const Channel& self) { return genie::name_of(self.close_end()); })
       .def_property_readonly("name", [](const Channel& self) { return std::string(self.capabilities().name); })
+      .def_property_readonly("shares_pages",
+                             [](const Channel& self) { return self.capabilities().zero_copy_receive; },
+                             "What `allocate` lends is read by the other end where it lies.")
       .def_property_readonly("off_host", [](const Channel& self) { return self.capabilities().off_host; })
       .def("statistics", [](const Channel& self) {
         py::dict row = to_dict(self.statistics());

@@ -35,6 +35,8 @@ void leave_to_sweep(Views* views) {
   to_sweep().push_back(views);
 }
 
+}  // namespace
+
 py::dict to_dict(const PoolStatistics& facts) {
   py::dict row;
   row["reserved_bytes"] = facts.reserved_bytes;
@@ -50,8 +52,6 @@ py::dict to_dict(const PoolStatistics& facts) {
   row["pages"] = name_of(facts.pages);
   return row;
 }
-
-}  // namespace
 
 std::vector<Slice> HeldBuffers::hold(const py::sequence& buffers) {
   const std::size_t count = buffers.size();
@@ -156,6 +156,8 @@ void bind_memory(py::module_& module) {
             return Buffer{data, size_bytes, false, std::move(slab)};
           },
           "Memory of at least this size. Raises: MemoryError, which says what is full.")
+      .def("reserve", &Pool::reserve, py::arg("size_bytes"), py::arg("count"),
+           py::call_guard<py::gil_scoped_release>(), "Have that many slabs ready; False where they would be too many.")
       .def("trim", &Pool::trim)
       .def("statistics", [](const Pool& self) { return to_dict(self.statistics()); });
 }

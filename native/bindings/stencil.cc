@@ -83,6 +83,12 @@ bool Landing::land(const Message& message) const noexcept {
   return true;
 }
 
+std::size_t Landing::copied_bytes() const noexcept {
+  std::size_t size = stencil_.memory_bytes();
+  for (const auto& [to, bytes] : frames_) size += to == nullptr ? 0 : bytes;
+  return size;
+}
+
 py::tuple Landing::values(const Message& message) const {
   py::list found;
   for (const Stencil::Hole& hole : stencil_.holes()) {

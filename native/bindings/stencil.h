@@ -27,6 +27,8 @@ class Landing {
 
   // Copies what came to where it goes; false, and nothing is copied, where the message is another one.
   [[nodiscard]] bool land(const Message& message) const noexcept;
+  // How many bytes that is.
+  [[nodiscard]] std::size_t copied_bytes() const noexcept;
   [[nodiscard]] pybind11::tuple values(const Message& message) const;
   // The buffers that were not copied.
   [[nodiscard]] pybind11::list frames(Message&& message) const;

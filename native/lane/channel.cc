@@ -23,6 +23,12 @@ namespace {
 
 // In the epoch of a message whose slices are bundled.
 constexpr std::uint64_t kBundled = std::uint64_t{1} << 63;
+// Who is woken and finds nothing was rung for by an end that copies what it is about to send (shm_send.cc).
+constexpr auto kRungEarly = std::chrono::microseconds(100);
+// After a copy of so many bytes into the lane, its sender waits awake for an answer for as long as it may have taken.
+constexpr std::size_t kCopiedBytes = 256U << 10;
+constexpr std::size_t kBytesPerMicrosecond = 20'000;
+constexpr auto kLongestWait = std::chrono::microseconds(200);
 constexpr auto kToldWhy = std::chrono::milliseconds(100);   // who polls in another thread is told first
 
 void breathe() noexcept {
@@ -92,10 +98,12 @@ std::uint64_t Channel::send(std::span<const Slice> slices, const SendOptions& op
   if (slices.size() > capabilities().max_slices) {
     bundled = bundle(slices, capabilities().max_slices, [this](std::size_t size) { return lane_->allocate(size); });
     if (bundled.empty()) return 0;
+    for (const Slice& slice : slices) copied_out(slice.size_bytes);
     slices = bundled;
     epoch |= kBundled;
   }
   Transfer transfer{0, slices, epoch, options.digest, options.priority, options.deadline};
+  const std::uint64_t copied_before = lane_->statistics().bytes_copied_out;
   const auto tried = [&] {
     transfer.id = next_id_;   // ids rise as they are accepted: while one thread waits for room, others may post
     posted = lane_->post(transfer);
@@ -106,6 +114,9 @@ std::uint64_t Channel::send(std::span<const Slice> slices, const SendOptions& op
     return posted != Posted::kBusy;
   };
   if (!tried()) wait(lock, tried, until, std::chrono::microseconds(0), true);
+  if (const std::uint64_t copied = lane_->statistics().bytes_copied_out - copied_before; copied >= kCopiedBytes) {
+    awake_for_ = std::min(kLongestWait, std::chrono::microseconds(copied / kBytesPerMicrosecond));
+  }
   // The lane knows before we do: whoever is told that it is closed may ask why.
   if (posted == Posted::kClosed) {
     wait(lock, [this] { return closed_; }, Clock::now() + kToldWhy, std::chrono::microseconds(0), true);
@@ -218,7 +229,20 @@ void Channel::tidy() {
 Statistics Channel::statistics() const {
   if (is_inherited()) return {};
   const Lock lock(lock_);
-  return lane_->statistics();
+  Statistics facts = lane_->statistics();
+  facts.bytes_copied_out += copied_out_.load(std::memory_order_relaxed);
+  facts.bytes_copied_in += copied_in_.load(std::memory_order_relaxed);
+  return facts;
+}
+
+bool Channel::reserve(std::size_t size_bytes, std::size_t count) {
+  Pool* const pool = is_inherited() ? nullptr : lane_->pool();
+  return pool != nullptr && pool->reserve(size_bytes, count);   // which has a lock of its own
+}
+
+std::optional<PoolStatistics> Channel::memory() const {
+  const Pool* const pool = is_inherited() ? nullptr : lane_->pool();
+  return pool == nullptr ? std::nullopt : std::optional(pool->statistics());
 }
 
 std::vector<std::pair<std::string, std::uint64_t>> Channel::details() const {
@@ -294,6 +318,7 @@ void Channel::sleep(Lock& lock, Deadline until) {
 
 template <typename Ready>
 bool Channel::wait(Lock& lock, Ready ready, Deadline until, std::chrono::microseconds spin, bool for_ends) {
+  if (!for_ends) spin = std::max(spin, std::exchange(awake_for_, std::chrono::microseconds(0)));
   Deadline spin_until = spin.count() > 0 ? Clock::now() + spin : Deadline::min();
   for (;;) {
     if (ready()) return true;
@@ -321,7 +346,7 @@ bool Channel::wait(Lock& lock, Ready ready, Deadline until, std::chrono::microse
         return ready();
       } else if (lane_->arm(for_ends || num_waiting_ > 0)) {
         sleep(lock, until);
-        poll_lane();
+        if (poll_lane() == 0 && !for_ends && Clock::now() < until) spin_until = Clock::now() + kRungEarly;
       }
     }
     polling_ = false;

@@ -19,6 +19,7 @@
 
 #include "lane/fork.h"
 #include "lane/lane.h"
+#include "memory/pool.h"
 #include "memory/segment.h"
 
 namespace genie {
@@ -72,6 +73,13 @@ class Channel final : public std::enable_shared_from_this<Channel>, private Sink
   // What a lane gives back when it is not used (Lane::tidy).
   void tidy();
   [[nodiscard]] Buffer allocate(std::size_t size_bytes);
+  // Have slabs ready (Pool::reserve). False where they cannot be, or where the lane has no pool.
+  [[nodiscard]] bool reserve(std::size_t size_bytes, std::size_t count);
+  // Of the lane's pool; nothing where it has none.
+  [[nodiscard]] std::optional<PoolStatistics> memory() const;
+  // Whoever copies payload beside the lane says so, in any thread; `statistics` adds it to the lane's own.
+  void copied_out(std::size_t size_bytes) noexcept { copied_out_.fetch_add(size_bytes, std::memory_order_relaxed); }
+  void copied_in(std::size_t size_bytes) noexcept { copied_in_.fetch_add(size_bytes, std::memory_order_relaxed); }
   [[nodiscard]] Statistics statistics() const;
   [[nodiscard]] std::vector<std::pair<std::string, std::uint64_t>> details() const;
   [[nodiscard]] const Capabilities& capabilities() const noexcept { return lane_->capabilities(); }
@@ -111,6 +119,9 @@ class Channel final : public std::enable_shared_from_this<Channel>, private Sink
   std::deque<Message> inbox_;
   std::unordered_map<std::uint64_t, End> watched_;
   std::uint64_t next_id_ = 1;
+  std::chrono::microseconds awake_for_{0};   // when it waits next
+  std::atomic<std::uint64_t> copied_out_{0};
+  std::atomic<std::uint64_t> copied_in_{0};
   bool closed_ = false;
   bool is_broken_ = false;             // by a bundle that cannot be; closed after the poll that found it
   End why_ = End::kPending;

@@ -34,11 +34,13 @@ inline constexpr std::uint16_t kLaneVersion = 2;
 
 // What Python finds in the extension, and extensions in each other: raised with every change of the bindings or of this
 // file, so that one that was built from older sources is not taken for the present one.
-inline constexpr int kApiVersion = 2;
+inline constexpr int kApiVersion = 3;
 
 // Limits on what a peer may announce. A lane may have lower ones (capabilities), none has higher ones.
 inline constexpr std::size_t kMaxSlices = 4096;
 inline constexpr std::size_t kMaxTransferBytes = std::size_t{1} << 40;
+
+class Pool;
 
 class LaneError : public std::runtime_error {
  public:
@@ -110,8 +112,8 @@ class Sink {
 struct Statistics {
   std::uint64_t posted = 0, ended_ok = 0, ended_badly = 0, arrived = 0;
   std::uint64_t bytes_sent = 0, bytes_arrived = 0;   // payload: the sum of slice sizes
-  std::uint64_t bytes_copied_out = 0;                // by the sender's processor, inside the lane
-  std::uint64_t bytes_copied_in = 0;                 // by the receiver's processor, inside the lane
+  std::uint64_t bytes_copied_out = 0;                // by the sender's processor, inside the lane and its channel
+  std::uint64_t bytes_copied_in = 0;                 // by the receiver's processor, inside the lane and its channel
   std::uint64_t bytes_shared = 0;                    // sent by naming pages that both ends see
   std::uint64_t bytes_open = 0;                      // posted and not ended: what a peer that does not read piles up
   std::uint64_t wakeups = 0;                         // of a sleeping peer
@@ -129,6 +131,9 @@ class Lane {
   // Memory that this lane sends from without a copy (registered, shared, pinned). An empty buffer: none is left, or
   // the lane has no such memory; then any memory will do.
   [[nodiscard]] virtual Buffer allocate(std::size_t size_bytes) noexcept = 0;
+
+  // Where `allocate` takes its memory from; null where that is no pool of this lane's own.
+  [[nodiscard]] virtual Pool* pool() const noexcept { return nullptr; }
 
   // Make memory that lives elsewhere known to the device; lanes that need no registration return true.
   [[nodiscard]] virtual bool register_memory(std::span<std::byte> region) noexcept = 0;

@@ -80,6 +80,8 @@ bool ShmLane::receive_hello() {
 }
 
 Buffer ShmLane::allocate(std::size_t size_bytes) noexcept {
+  // Who borrows may keep it for long: half of the pool stays for what has to be sent now.
+  if (pool_->used_bytes() + size_bytes > pool_->options().limit_bytes / 2) return {};
   auto slab = pool_->lend(size_bytes);
   if (slab == nullptr) return {};
   std::byte* data = slab->data;

@@ -105,6 +105,7 @@ class ShmLane final : public Lane {
   // The contract: lane/lane.h.
   [[nodiscard]] const Capabilities& capabilities() const noexcept override { return capabilities_; }
   [[nodiscard]] Buffer allocate(std::size_t size_bytes) noexcept override;
+  [[nodiscard]] Pool* pool() const noexcept override { return pool_.get(); }
   [[nodiscard]] bool register_memory(std::span<std::byte>) noexcept override { return true; }
   [[nodiscard]] Posted post(const Transfer& transfer) noexcept override;
   std::size_t poll(Sink& sink) noexcept override;

@@ -11,6 +11,8 @@ namespace {
 constexpr std::size_t kInlineSliceBytes = 16U << 10;     // a copy in and out costs less than a slab's bookkeeping
 constexpr std::size_t kInlineRecordBytes = 64U << 10;    // at most, with everything that is inside a record
 
+constexpr std::size_t kCopiedWhileWaking = 256U << 10;
+
 [[nodiscard]] constexpr std::size_t aligned(std::size_t size) noexcept { return (size + 15) & ~std::size_t{15}; }
 
 [[nodiscard]] std::uint32_t digest_of(std::span<const Slice> slices, std::uint64_t epoch) noexcept {
@@ -102,6 +104,8 @@ bool ShmLane::place(const Slice& slice, Placed& placed) noexcept {
   }
   auto slab = pool_->lend(slice.size_bytes);
   if (slab == nullptr || !announce(*slab->segment)) return false;
+  // Who sleeps takes as long to wake as this copy does: both at once. It then stays awake for a moment (Channel::wait).
+  if (slice.size_bytes >= kCopiedWhileWaking) wake_peer();
   std::memcpy(slab->data, slice.data, slice.size_bytes);
   facts_.bytes_copied_out += slice.size_bytes;
   const std::uint64_t offset = slab->offset();

@@ -124,6 +124,35 @@ std::shared_ptr<Slab> Pool::lend(std::size_t size_bytes) noexcept try {
   return nullptr;
 }
 
+bool Pool::reserve(std::size_t size_bytes, std::size_t count) noexcept try {
+  if (size_bytes > kMaxSlabBytes || !has_room_for(class_of(size_bytes), count)) return false;
+  std::vector<Slab> taken;
+  taken.reserve(count);
+  while (taken.size() < count) {
+    Slab slab;
+    if (!allocate(size_bytes, slab)) break;
+    populate(slab.data, slab.size_bytes);
+    taken.push_back(std::move(slab));
+  }
+  const bool all = taken.size() == count;
+  for (Slab& slab : taken) free(std::move(slab));
+  return all;
+} catch (...) {
+  return false;
+}
+
+// Whether so many free slabs of a class are there, or can be made within what is kept idle.
+bool Pool::has_room_for(std::size_t number, std::size_t count) noexcept {
+  const std::lock_guard hold(lock_);
+  const std::size_t bytes = class_bytes(number);
+  std::size_t free = free_[number].size();
+  if (const auto& open = open_[number]; open != nullptr) free += (open->memory->size_bytes() - open->cut_bytes) / bytes;
+  if (count <= free) return true;
+  const std::size_t missing = count - free;
+  return missing <= options_.keep_idle_bytes / bytes &&
+         facts_.reserved_bytes + missing * bytes <= options_.keep_idle_bytes;
+}
+
 std::shared_ptr<PoolSegment> Pool::locate(const std::byte* address) const noexcept {
   const std::lock_guard hold(lock_);
   auto next = segments_.upper_bound(address);

@@ -77,6 +77,10 @@ class Pool : public std::enable_shared_from_this<Pool> {
   // A slab that frees itself when its last owner goes; null as `allocate`.
   [[nodiscard]] std::shared_ptr<Slab> lend(std::size_t size_bytes) noexcept;
 
+  // Have `count` slabs of this size ready, their pages in place, so that the next ones that are asked for cost nothing.
+  // False where that would pass what the pool keeps idle, and then it grows by nothing, or the system refuses.
+  [[nodiscard]] bool reserve(std::size_t size_bytes, std::size_t count) noexcept;
+
   // The segment of this pool in which an address lies; null for memory from elsewhere.
   [[nodiscard]] std::shared_ptr<PoolSegment> locate(const std::byte* address) const noexcept;
 
@@ -101,6 +105,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
   explicit Pool(const PoolOptions& options, std::function<void(std::uint32_t)> on_dropped);
   [[nodiscard]] bool grow(std::size_t number, std::size_t slab_bytes);
+  [[nodiscard]] bool has_room_for(std::size_t number, std::size_t count) noexcept;
   void drop_idle(std::size_t keep_bytes) noexcept;
   [[nodiscard]] std::size_t kept_bytes(std::chrono::steady_clock::time_point now) noexcept;
 

@@ -53,6 +53,16 @@ void Fd::reset(int fd) noexcept {
   fd_ = fd;
 }
 
+void populate(std::byte* data, std::size_t size_bytes) noexcept {
+#ifndef MADV_POPULATE_WRITE
+  constexpr int MADV_POPULATE_WRITE = 23;   // since Linux 5.14; an older kernel refuses, and the pages come when touched
+#endif
+  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const std::uintptr_t begin = number_of(data) & ~(page - 1);
+  [[maybe_unused]] const int done =
+      ::madvise(reinterpret_cast<void*>(begin), number_of(data) + size_bytes - begin, MADV_POPULATE_WRITE);
+}
+
 std::size_t hugepage_bytes() noexcept {
   static const std::size_t size = [] {
     std::ifstream meminfo("/proc/meminfo");

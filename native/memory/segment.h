@@ -95,6 +95,9 @@ class Segment {
   Pages pages_ = Pages::kNormal;
 };
 
+// Have the pages of a run of memory put in place now, where the kernel can be asked to; what is in them stays.
+void populate(std::byte* data, std::size_t size_bytes) noexcept;
+
 [[nodiscard]] std::size_t hugepage_bytes() noexcept;   // 0 where the kernel has none
 
 // Whether an address lies in a mapping of this process that must not be written to (a peer's pages).

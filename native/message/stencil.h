@@ -45,6 +45,13 @@ class Stencil {
   [[nodiscard]] const std::vector<Hole>& holes() const noexcept { return holes_; }
   [[nodiscard]] std::span<const std::byte> bytes() const noexcept { return bytes_; }
 
+  // The sizes of all holes of memory.
+  [[nodiscard]] std::size_t memory_bytes() const noexcept {
+    std::size_t size = 0;
+    for (const Hole& hole : holes_) size += hole.kind == Kind::kMemory ? hole.size_bytes : 0;
+    return size;
+  }
+
   // Whether a message is this one, whatever is in its holes.
   [[nodiscard]] bool matches(std::span<const std::byte> message) const noexcept {
     if (message.size() != bytes_.size()) return false;

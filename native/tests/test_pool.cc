@@ -76,6 +76,25 @@ TEST_CASE("beyond its limit a pool refuses and says by how much") {
   pool->free(std::move(second));
 }
 
+TEST_CASE("what is reserved is there when it is asked for, and never more than is kept idle") {
+  PoolOptions options;
+  options.keep_idle_bytes = 64 * kMiB;
+  const auto pool = Pool::make(options);
+  REQUIRE(pool->reserve(16 * kMiB, 2));
+  const auto reserved = pool->statistics().reserved_bytes;
+  CHECK(reserved == 32 * kMiB);
+  CHECK(pool->statistics().used_bytes == 0);
+  std::vector<Slab> slabs(2);
+  for (Slab& slab : slabs) REQUIRE(pool->allocate(16 * kMiB, slab));
+  CHECK(pool->statistics().reserved_bytes == reserved);
+  CHECK_FALSE(pool->reserve(16 * kMiB, 3));   // with what is handed out, 80 MiB
+  CHECK_FALSE(pool->reserve(kMaxSlabBytes + 1, 1));
+  CHECK(pool->statistics().reserved_bytes == reserved);
+  for (Slab& slab : slabs) pool->free(std::move(slab));
+  CHECK(pool->reserve(16 * kMiB, 2));         // they are there
+  CHECK(pool->statistics().reserved_bytes == reserved);
+}
+
 TEST_CASE("what is idle beyond the bound goes back to the system, and its owner is told") {
   PoolOptions options;
   options.keep_idle_bytes = 32 * kMiB;

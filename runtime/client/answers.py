@@ -23,6 +23,7 @@ from genie_dynamo.runtime.client.session import Session
 from genie_dynamo.runtime.client.state import KeptState, StateRules, Stored
 from genie_dynamo.runtime.client.uploads import Needs, acknowledge, payload_bytes
 from genie_dynamo.runtime.client.workers import WorkerLink
+from genie_dynamo.runtime.lanes.copies import copied_in
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 
 CPU = torch.device("cpu")
@@ -207,13 +208,13 @@ class Answers:
             if index in home:
                 if len(home) < len(self._stays):
                     stale.comes_down(session, args[index])
-                args[index].copy_(home[index])
+                copied_in(args[index].copy_(home[index]).nbytes)
             elif index in self._stays and index in updates:
                 p, at, _ = updates.pop(index)
                 session.residency.committed(entries[index], args[index], p.keeps[at], p.bound.link.key, elsewhere=True)
                 stale.mark(session, args[index], p.bound.link, p.keeps[at])
             elif name in named:
-                args[index].copy_(named[name])
+                copied_in(args[index].copy_(named[name]).nbytes)
             elif name in by_value:
                 by_value[name].write(args[index], args, named)
             else:

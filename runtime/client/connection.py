@@ -27,6 +27,7 @@ from genie_dynamo.core.errors import (
 )
 from genie_dynamo.core.stencil import WIDE
 from genie_dynamo.core.wire import pack, unpack
+from genie_dynamo.runtime.lanes.copies import Tally, Work, count_for
 from genie_dynamo.runtime.lanes.ends import End, Message, NativeEnd, Numbers
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 
@@ -43,10 +44,14 @@ Received = tuple[m.Message, Sequence[Any], int]
 
 
 class Connection:
-    """Used by one thread at a time. After an error that leaves replies under way, close it: never reuse it."""
+    """Used by one thread at a time. After an error that leaves replies under way, close it: never reuse it.
+
+    Args: on_closed: told of this connection when it closes, while its counters can be asked still.
+    """
 
     def __init__(self, socket: zmq.Socket[bytes], address: str, check_alive: Callable[[], None],
-                 grace_s: float = STREAM_GRACE_S) -> None:
+                 grace_s: float = STREAM_GRACE_S,
+                 on_closed: Callable[[Connection], None] = lambda connection: None) -> None:
         self.socket = socket
         self._check_alive = check_alive
         self._grace_s = grace_s
@@ -54,6 +59,9 @@ class Connection:
         self.address = address
         self.end: End | None = None
         self._streaming = False            # the answer comes over the end
+        self._tally = Tally()
+        self._work = Work(self._tally)
+        self._on_closed = on_closed
         socket.setsockopt(zmq.RCVTIMEO, POLL_MS)
         socket.setsockopt(zmq.SNDTIMEO, POLL_MS)
 
@@ -96,6 +104,7 @@ class Connection:
             self._send_over_socket(header, frames, deadline_s)
 
     def _send_over_socket(self, header: bytes, frames: Sequence[Any], deadline_s: float) -> None:
+        self._tally.moved_out += len(header) + (sum(map(len, frames)) if frames else 0)
         while True:
             try:
                 send_parts(self.socket, [header, *frames])
@@ -105,6 +114,8 @@ class Connection:
 
     def _send_over_end(self, header: bytes, frames: Sequence[Any], deadline_s: float) -> None:
         assert self.end is not None
+        if not self.end.carries_all:
+            self._tally.moved_out += len(header) + (sum(map(len, frames)) if frames else 0)
         try:
             self.end.send(header, frames, lambda: self._still_waiting(deadline_s))
         except GenieError:
@@ -117,10 +128,13 @@ class Connection:
 
         Raises: WorkerLostError (through check_alive), WorkerTimeoutError, ProtocolError.
         """
+        count_for(self._work)
         if self._streaming:
             came = self._from_end(deadline_s)
             if came is not None:
                 header, frames = came
+                if not self._has_lane:
+                    self._tally.moved_in += len(header) + sum(frame.nbytes for frame in frames)
                 return m.from_wire(unpack(header, flat=True)), frames, len(header)
         return self._from_socket(deadline_s)
 
@@ -181,6 +195,7 @@ class Connection:
         frames: list[Any] = []
         while socket.getsockopt(zmq.RCVMORE):
             frames.append(socket.recv(copy=False))
+        self._tally.moved_in += len(header) + sum(map(len, frames))
         return m.from_wire(unpack(header, flat=True)), frames, len(header)
 
     def _still_waiting(self, deadline_s: float) -> None:
@@ -204,7 +219,9 @@ class Connection:
     def _lane_broke(self, error: BaseException) -> NoReturn:
         """Ask over the ZeroMQ socket, which nothing else uses now, whether the worker is still there."""
         assert self.end is not None
+        self._tally.add(self.end.counters())
         end, self.end, self._streaming = self.end, None, False
+        self._work = Work(self._tally)
         end.close()
         try:
             self.ask(m.Stats(self.next_request()), time.monotonic() + max(self._grace_s, STREAM_GRACE_S))
@@ -219,15 +236,28 @@ class Connection:
     def open_end(self, end: End, route: bytes, token: bytes, lease_s: float, timeout_s: float) -> None:
         """Say hello over a stream or lane: from here on runs take it. Raises: what the worker says, or WorkerError."""
         self.end = end
+        self._work = Work(self._tally, end.lend if type(end) is NativeEnd else None)
         deadline_s = time.monotonic() + timeout_s
         self.run(pack(m.to_wire(m.Hello(m.PROTOCOL_VERSION, token, lease_s, {}, route))), (), deadline_s)
         answer, _, _ = self.receive(deadline_s)
         if isinstance(answer, m.Failure):
             raise to_error(answer, self.address)
 
+    def begin(self) -> None:
+        """What this thread copies from here on is for this connection."""
+        count_for(self._work)
+
+    def copies(self) -> Tally:
+        """What was moved and copied of all messages in both directions, with what the lane has counted."""
+        return self._tally.plus(self.lane_counters())
+
     def lane_counters(self) -> dict[str, int]:
         """What the native lane has counted, of every message in both directions; nothing where there is none."""
         return self.end.counters() if self.end is not None else {}
+
+    def lane_memory(self) -> dict[str, Any]:
+        """The numbers of the pool that the native lane sends from; nothing where there is none."""
+        return dict(self.end.channel.memory() or {}) if type(self.end) is NativeEnd else {}
 
     def tidy(self) -> None:
         """Give back memory of the lane that nothing has needed for a while."""
@@ -237,8 +267,10 @@ class Connection:
     def close_end(self) -> None:
         """Let go of the stream or lane: everything takes the ZeroMQ socket again."""
         if self.end is not None:
+            self._tally.add(self.end.counters())
             self.end.close()
         self.end, self._streaming = None, False
+        self._work = Work(self._tally)
 
     def ask(self, message: m.Message, deadline_s: float) -> m.Message:
         """Send a request and wait for its answer; answers to older requests are dropped.
@@ -255,6 +287,7 @@ class Connection:
                 return answer
 
     def close(self, linger_ms: int = 0) -> None:
+        self._on_closed(self)
         if self.end is not None:
             self.end.close()
         self.socket.close(linger=linger_ms)

@@ -1,7 +1,7 @@
 """Recipes (core/rebuild.py) as functions: the caller makes a value from its own tensors and the rows that came."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from genie_dynamo.core.plan import Plan
 from genie_dynamo.core.rebuild import INDEXED, VIEWS, WRITES, Rebuild, Step
 from genie_dynamo.runtime.lanes import native
+from genie_dynamo.runtime.lanes.copies import copied_in
 
 Read = Callable[[Sequence[Any], Mapping[str, Any], list[Any]], Any]
 """`read(arguments of the call, pieces by name, what the steps so far have made)`: the value of one argument."""
@@ -38,6 +39,7 @@ class Recipe:
                          if step.op in INDEXED]
         self._write = _in_place(recipe, plan, target)
         self._append = _append(recipe, index_of)
+        self._pieces = tuple(dict.fromkeys(name for step in recipe.steps for arg in step.args for name in _pieces(arg)))
         self._num_rows = 0                 # that the last call appended
 
     def applies(self, args: Sequence[Any], pieces: Mapping[str, Any]) -> bool:
@@ -80,6 +82,7 @@ class Recipe:
             native.copy_rows(begun, start, new, dim % new.dim())
         else:
             room.copy_(new)
+        copied_in(new.nbytes)
         return begun
 
     def make(self, args: Sequence[Any], pieces: Mapping[str, Any],
@@ -91,6 +94,7 @@ class Recipe:
             new = pieces[self._append.piece]
             self._num_rows = new.shape[self._append.dim] if new.dim() == args[self._append.source].dim() else 0
         made = self._run(self._steps, args, pieces)
+        self._put_in_place(pieces)
         if self._ends_in_view:
             # As an output of its own: autograd, and who asks for its base, would take a view for something else.
             made = torch.empty(0, dtype=made.dtype, device="cpu").set_(
@@ -99,6 +103,7 @@ class Recipe:
 
     def write(self, target: torch.Tensor, args: Sequence[Any], pieces: Mapping[str, Any]) -> None:
         """Bring a mutated input to the value."""
+        self._put_in_place(pieces)
         if self._write is None:
             target.copy_(self._run(self._steps, args, pieces))
             return
@@ -106,6 +111,10 @@ class Recipe:
         for function, readers in self._steps[:-1]:
             made.append(function(*[read(args, pieces, made) for read in readers]))
         self._write(target, *[read(args, pieces, made) for read in self._steps[-1][1][1:]])
+
+    def _put_in_place(self, pieces: Mapping[str, Any]) -> None:
+        """Count what came, and is copied to where it belongs by the steps."""
+        copied_in(sum([pieces[name].nbytes for name in self._pieces if isinstance(pieces[name], torch.Tensor)]))
 
     @staticmethod
     def _run(steps: Sequence[tuple[Any, list[Read]]], args: Sequence[Any], pieces: Mapping[str, Any]) -> Any:
@@ -125,6 +134,15 @@ def _append(recipe: Rebuild, index_of: Mapping[str, int]) -> Append | None:
         case ("list", ("input", str(name)), ("piece", str(piece))) if type(dim) is int:
             return Append(index_of[name], piece, dim)
     return None
+
+
+def _pieces(arg: Any) -> Iterator[str]:
+    """The names of the pieces that an argument reads."""
+    if type(arg) is tuple and arg[0] == "piece":
+        yield arg[1]
+    elif type(arg) is tuple and arg[0] == "list":
+        for item in arg[1:]:
+            yield from _pieces(item)
 
 
 def _resolve(op: str) -> Any:

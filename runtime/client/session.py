@@ -32,7 +32,7 @@ from genie_dynamo.runtime.lanes import dpdk
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.launcher import EmbeddedWorker, start_embedded
 from genie_dynamo.runtime.security import Security
-from genie_dynamo.runtime.telemetry import Telemetry
+from genie_dynamo.runtime.telemetry import Copies, Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -228,8 +228,11 @@ class Session:
             self._ask_stats(link)
         self.telemetry.reset()
 
-    def _ask_stats(self, link: WorkerLink) -> dict[str, Any]:
-        """What a worker says about itself and this session; `{"error": ...}` where it does not, nothing once closed."""
+    def _ask_stats(self, link: WorkerLink, *, begin: bool = False) -> dict[str, Any]:
+        """What a worker says about itself and this session; `{"error": ...}` where it does not, nothing once closed.
+
+        Args: begin: copies count from here on: those that opened and proved the lane do not.
+        """
         if link.lost or self.closed:
             return {}
         try:
@@ -239,6 +242,11 @@ class Session:
         info = dict(answer.info) if isinstance(answer, m.Done) else {}
         pushed = {"activations": info.get("pushed_bytes"), "state": info.get("moved_bytes")}
         self.telemetry.pushed(link.name, link.key, {k: v for k, v in pushed.items() if isinstance(v, int)})
+        there = info.pop("copied", None)
+        if type(there) is tuple and list(map(type, there)) == [int, int]:
+            here = link.copies()
+            self.telemetry.copied(link.key, Copies(here.moved_out, here.copied_out, there[1],
+                                                   here.moved_in, here.copied_in, there[0]), begin=begin)
         return info
 
     # -- end --------------------------------------------------------------------------------------------------
@@ -316,6 +324,7 @@ class Session:
         alive = (lambda: embedded.alive) if embedded is not None else None
         self.monitor.add(link.key, beside(link.address, link.welcome.heartbeat_address), self._security,
                          link.incarnation, server_public=server_key, is_alive=alive)
+        self._ask_stats(link, begin=True)
         return link
 
     def _why_lost(self, link: WorkerLink) -> str | None:

@@ -14,6 +14,8 @@ from genie_dynamo.core.errors import WorkerLostError
 from genie_dynamo.core.program import Offers
 from genie_dynamo.runtime.client.connection import Connection, greet
 from genie_dynamo.runtime.client.negotiation import LaneChoice, lane_lost, negotiate, offers_of
+from genie_dynamo.runtime.lanes import native
+from genie_dynamo.runtime.lanes.copies import Tally
 from genie_dynamo.runtime.launcher import EmbeddedWorker
 from genie_dynamo.runtime.security import Security, apply_client, harden
 
@@ -46,6 +48,8 @@ class WorkerLink:
         self._why_lost = why_lost
         self._grace_s = grace_s
         self._idle: list[Connection] = []
+        self._open: list[Connection] = []
+        self._past = Tally()                              # of connections that were closed
         self.incarnation = ""
         self.key = f"{name}/"                             # asked for already while nobody has answered
         connection = self._connect()
@@ -85,9 +89,13 @@ class WorkerLink:
     def borrow(self) -> Connection:
         """A greeted connection; return it with give_back, or close it after an error."""
         try:
-            return self._idle.pop()
+            connection = self._idle.pop()
         except IndexError:
-            pass
+            connection = self._opened()
+        connection.begin()
+        return connection
+
+    def _opened(self) -> Connection:
         connection = self._connect()
         try:
             welcome = greet(connection, *self._hello)
@@ -134,7 +142,20 @@ class WorkerLink:
         counted: Counter[str] = Counter()
         for connection in list(self._idle):
             counted.update(connection.lane_counters())
-        return {**self.lane.to_json(), **{name: counted[name] for name in LANE_COUNTERS}}
+        memory = native.sum_memory(connection.lane_memory() for connection in list(self._idle))
+        return {**self.lane.to_json(), **{name: counted[name] for name in LANE_COUNTERS}, "memory": memory}
+
+    def copies(self) -> Tally:
+        """What was moved and copied between this client and the worker so far, on this side."""
+        total = self._past.plus({})
+        for connection in list(self._open):
+            total.merge(connection.copies())
+        return total
+
+    def _closed(self, connection: Connection) -> None:
+        if connection in self._open:
+            self._open.remove(connection)
+            self._past.merge(connection.copies())
 
     def tidy(self) -> None:
         """Give back memory of idle connections that nothing has needed for a while."""
@@ -170,4 +191,6 @@ class WorkerLink:
         harden(socket, "client")
         apply_client(socket, self._security, self.server_key)
         socket.connect(self.address)
-        return Connection(socket, self.address, self.check_alive, self._grace_s)
+        connection = Connection(socket, self.address, self.check_alive, self._grace_s, self._closed)
+        self._open.append(connection)
+        return connection

@@ -108,6 +108,7 @@ class NativeEnd:
         self._poll_s = poll_s
         self._spin_s = spin_s
         self.digest = digest
+        self.lend = channel.allocate if channel.shares_pages else None
 
     def fits(self, header: bytes, frames: Sequence[Any]) -> bool:
         return True

@@ -5,13 +5,15 @@ It is optional. Without it payload takes the lanes of the standard library (stre
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from genie_dynamo.core.stencil import Form
+from genie_dynamo.runtime.lanes import copies
 
-API_VERSION = 2
+API_VERSION = 3
 """Of native/lane/lane.h: an extension that was built from older sources is not used."""
 
 _module: Any = None
@@ -51,6 +53,18 @@ def stencil(form: Form) -> Any:
     return _module.Stencil(form.data, list(form.holes))
 
 
+def sum_memory(pools: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers of several lanes' pools as those of one; empty where there is none."""
+    rows = [row for row in pools if row]
+    if not rows:
+        return {}
+    total = {name: sum(row[name] for row in rows)
+             for name in ("reserved_bytes", "used_bytes", "asked_bytes", "num_segments", "num_refusals")}
+    used = total["used_bytes"]
+    return {**total, "fragmentation": round(1 - total["asked_bytes"] / used, 3) if used else 0.0,
+            "pages": ", ".join(sorted({row["pages"] for row in rows}))}
+
+
 def to_tensor(memory: Any) -> torch.Tensor:
     """A uint8 tensor over a received buffer, which lives as long as the tensor. It may be another process's pages."""
     return torch.frombuffer(memory, dtype=torch.uint8) if len(memory) else torch.empty(
@@ -60,7 +74,10 @@ def to_tensor(memory: Any) -> torch.Tensor:
 def to_own_tensor(memory: Any) -> torch.Tensor:
     """The same for who may write to it: what is small is copied, so that it does not hold a slab of the sender's."""
     tensor = to_tensor(memory)
-    return copied(tensor) if memory.foreign and (memory.read_only or len(memory) < COPY_BELOW_BYTES) else tensor
+    if not memory.foreign or (not memory.read_only and len(memory) >= COPY_BELOW_BYTES):
+        return tensor
+    copies.copied_in(len(memory))
+    return copied(tensor)
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:

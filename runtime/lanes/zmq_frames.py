@@ -15,6 +15,7 @@ from genie_dynamo.core import tensors
 from genie_dynamo.core.errors import MessageLimitError, ProtocolError
 from genie_dynamo.core.limits import DEFAULT_LIMITS
 from genie_dynamo.core.messages import PIECE_BYTES, piece_bytes
+from genie_dynamo.runtime.lanes.copies import copied_in, copied_out, gathered
 
 INLINE_BYTES = 16 << 10
 ZERO_COPY_BYTES = 256 << 10
@@ -34,11 +35,14 @@ class ZmqFrames:
         self._to_device = to_device
 
     def stage(self, tensor: torch.Tensor, frames: list[Any]) -> tuple[Any, ...]:
-        plain, (code, shape, stride, gaps) = tensors.describe(tensor)
+        plain, (code, shape, stride, gaps) = tensors.describe(tensor, gathered)
         size_bytes = plain.numel() * plain.element_size()
+        if not gaps and plain.data_ptr() != tensor.data_ptr():
+            copied_out(size_bytes)                # it is conjugated, negated or zero only when it is read
         payload: Any
         if size_bytes <= INLINE_BYTES:
             payload = tensors.copy_out(plain, size_bytes)
+            copied_out(2 * size_bytes)            # and by the encoder, into the message
         else:
             if size_bytes > MAX_FRAME_BYTES:     # the peer would close the connection without a word
                 raise MessageLimitError(
@@ -58,6 +62,7 @@ class ZmqFrames:
         if type(data) is bytes:
             flat = torch.empty_strided(form.core, form.core_stride, dtype=form.dtype, device="cpu")
             tensors.copy_in(flat, data)
+            copied_in(2 * form.size_bytes)        # and by the decoder, out of the message
         elif isinstance(data, torch.Tensor):
             flat = data.view(form.dtype).as_strided(form.core, form.core_stride)
         else:
@@ -65,6 +70,7 @@ class ZmqFrames:
         if form.gaps:
             scattered = torch.empty_strided(form.core, form.stride, dtype=form.dtype, device="cpu")
             flat = scattered.copy_(flat)
+            copied_in(form.size_bytes)
         if device.type != "cpu":
             flat = self._to_device(flat, device)
         return flat if form.core == form.shape else flat.as_strided(form.shape, form.stride)
@@ -80,7 +86,7 @@ def cut(tensor: torch.Tensor) -> Iterator[tuple[tuple[Any, ...], Any, int]]:
     """A tensor of more than PIECE_BYTES in pieces: (the wire form of the whole, with the piece as frame 0; the piece;
     where it begins). The tensor's memory must not change until the peer has answered a later message.
     """
-    plain, (code, shape, stride, gaps) = tensors.describe(tensor)
+    plain, (code, shape, stride, gaps) = tensors.describe(tensor, gathered)
     wire = (code, shape, stride, 0, True) if gaps else (code, shape, stride, 0)
     size_bytes = plain.numel() * plain.element_size()
     step = piece_bytes(size_bytes)
@@ -102,8 +108,11 @@ def payload_of(wire: Any, frames: Sequence[Any]) -> Any:
 def _adopt(data: memoryview, dtype: torch.dtype) -> torch.Tensor:
     """A flat tensor over the frame's memory, or over a copy where the memory is read-only or badly aligned."""
     flat = torch.frombuffer(data if not data.readonly else bytearray(data), dtype=torch.uint8)
+    if data.readonly:
+        copied_in(flat.nbytes)
     if flat.data_ptr() % _ALIGNMENT_BYTES:
         flat = flat.clone()
+        copied_in(flat.nbytes)
     return flat.view(dtype)
 
 
@@ -114,5 +123,6 @@ def send_parts(socket: zmq.Socket[bytes], parts: Sequence[Any], flags: int = 0) 
         more = flags | zmq.SNDMORE if index < last else flags
         if type(part) is bytes or len(part) < ZERO_COPY_BYTES:
             socket.send(part, more)
+            copied_out(len(part))                 # into a message of libzmq's
         else:
             socket.send(part, more, copy=False)

@@ -14,6 +14,7 @@ import torch
 from genie_dynamo.core import tensors
 from genie_dynamo.core.errors import ProtocolError
 from genie_dynamo.core.messages import piece_bytes
+from genie_dynamo.runtime.lanes.copies import copied_in
 from genie_dynamo.runtime.lanes.zmq_frames import payload_of
 
 
@@ -64,6 +65,7 @@ class Assembly:
             ctypes.memmove(target, data.data_ptr(), size)      # by this thread alone: see lanes/native.py
         else:
             memoryview(tensors.view_memory(self._memory, size, offset)).cast("B")[:] = data
+        copied_in(size)
         self._come.add(offset)
         self._left_bytes -= size
 

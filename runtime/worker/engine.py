@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -19,8 +19,10 @@ from genie_dynamo.core import tensors
 from genie_dynamo.core.errors import WorkerMemoryError
 from genie_dynamo.core.fragment import decode
 from genie_dynamo.core.program import FragmentProgram, WorkerProgram
+from genie_dynamo.runtime.births import Lend
 from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
 from genie_dynamo.runtime.lanes import native
+from genie_dynamo.runtime.lanes.copies import Work, copied_in, count_for
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames, cut, travels_in_pieces
 from genie_dynamo.runtime.worker.assembly import Assembly
 from genie_dynamo.runtime.worker.compiled import RUNS, CompiledFragment
@@ -41,6 +43,18 @@ Emit = Callable[[RunRecord, int, Any], bool]
 """`emit(run, value id, value)`: returns whether the value has been sent to the client."""
 
 
+class Outlets(NamedTuple):
+    """The lanes that values leave over, as far as they lend memory that they send without a copy.
+
+    The first two: what lends so many bytes (or None for want of them); None where the lane lends nothing.
+    """
+
+    to_client: Callable[[bytes], Callable[[int], Any] | None]      # by connection
+    to_peer: Callable[[str], Callable[[int], Any] | None]          # by address
+    counters: Callable[[bytes], dict[str, int]]                    # of the lane that is a connection; empty for none
+    memory: Callable[[bytes], dict[str, Any]]                      # of its pool
+
+
 OF_INPUT = -1
 """As the holder of a SharedView: its memory is that of an input, which the client has."""
 
@@ -54,14 +68,18 @@ class SharedView(NamedTuple):
 
 
 class LoadedFragment:
-    """A fragment ready to run: its flat plan, and Inductor's code where it was asked for and has come."""
+    """A fragment ready to run: its flat plan, and Inductor's code where it was asked for and has come.
+
+    Args: travels: value ids that leave and of which nothing stays here.
+    """
 
     def __init__(self, program: FragmentProgram, compiler: str, device: torch.device,
-                 namespaces: frozenset[str], wake: Callable[[], None]) -> None:
+                 namespaces: frozenset[str], wake: Callable[[], None], travels: Collection[int] = ()) -> None:
         spec = decode(program.spec)
         self.program = program
         self.num_nodes = len(spec.nodes)
-        self.plan = FlatPlan(spec, device=device, extra_namespaces=namespaces)
+        self.plan = FlatPlan(spec, device=device, extra_namespaces=namespaces, travels=frozenset(
+            [index for index, value in enumerate(program.outputs) if value in travels]))
         self.compiled = None if compiler == "flat" else CompiledFragment(spec, compiler, device, namespaces, wake)
 
 
@@ -82,6 +100,7 @@ class LoadedProgram:
         self.program = program
         self.fragments = fragments
         self.return_index = {value: index for index, value in enumerate(program.returns)}
+        self.peer_of = {value: address for value, address, _, _ in reversed(program.sends)}
         shared = {value for group in program.aliases for value in group} | {value for value, _ in program.input_views}
         self.leaves_early = {send[0] for send in program.sends} | (set(program.returns) - shared)
         self.small = _small(program, fragments)
@@ -126,6 +145,7 @@ class Engine:
         self._namespaces = namespaces
         self._wake = wake
         self._refused: dict[str, str] = {}
+        self.outlets: Outlets | None = None
         self.num_repeated = 0            # runs that were recognised (worker/steady.py)
         self.peer_lanes: Callable[[], dict[str, Any]] = dict      # which lanes go to other workers, for people
 
@@ -136,7 +156,10 @@ class Engine:
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor in memory of this worker, aligned as kernels like it: for what is kept, or written to."""
-        return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES or native.is_foreign(tensor) else tensor
+        if not tensor.data_ptr() % ALIGNMENT_BYTES and not native.is_foreign(tensor):
+            return tensor
+        copied_in(tensor.nbytes)
+        return tensor.clone()
 
     def announced_bytes(self, wire: Any) -> int:
         return tensors.form_of(wire).size_bytes
@@ -191,6 +214,16 @@ class Engine:
     def view(self, tensor: torch.Tensor, view: Any) -> torch.Tensor:
         return tensors.view_within(tensor, view)
 
+    def works_for(self, work: Work) -> None:
+        """What is copied from here on is for a session."""
+        count_for(work)
+
+    def lane_counters(self, connection: bytes) -> dict[str, int]:
+        return self.outlets.counters(connection) if self.outlets is not None else {}
+
+    def lane_memory(self, connection: bytes) -> dict[str, Any]:
+        return self.outlets.memory(connection) if self.outlets is not None else {}
+
     def facts(self) -> dict[str, Any]:
         return {
             "device": str(self.device), "threads": self.num_threads, "torch": str(torch.__version__),
@@ -201,9 +234,10 @@ class Engine:
         }
 
     def load(self, program: WorkerProgram) -> LoadedProgram:
+        travels = _travels(program)
         fragments = tuple(
-            LoadedFragment(f, program.compiler, self.device, self._namespaces, self._wake) for f in program.fragments
-        )
+            LoadedFragment(f, program.compiler, self.device, self._namespaces, self._wake, travels)
+            for f in program.fragments)
         return LoadedProgram(program, fragments)
 
     def is_small(self, loaded: LoadedProgram) -> bool:
@@ -215,18 +249,21 @@ class Engine:
 
     # -- running ----------------------------------------------------------------------------------------------
 
-    def run_now(self, loaded: LoadedProgram, env: dict[int, Any],
-                resident_bytes: int) -> tuple[Sequence[Any], float]:
+    def run_now(self, loaded: LoadedProgram, env: dict[int, Any], resident_bytes: int,
+                connection: bytes) -> tuple[Sequence[Any], float]:
         """Run a small program on `env` (by value id): its values in the program's order, and the seconds it took.
 
+        Args:   connection: that the values will leave over.
         Raises: as `advance`.
         """
         small = loaded.small
         assert small is not None
         started = time.perf_counter()
+        lends = self.outlets.to_client(connection) if small.plan.wants_lender and self.outlets is not None else None
         try:
             inputs = [env[v] for v in small.inputs]
-            outputs = small.plan.run(self._writable(inputs) if small.plan.may_write else inputs)
+            outputs = small.plan.run(self._writable(inputs) if small.plan.may_write else inputs,
+                                     None if lends is None else lambda _, size_bytes: lends(size_bytes))
         except (MemoryError, RuntimeError) as error:
             if _is_out_of_memory(error):
                 raise _out_of_memory(error, resident_bytes) from error
@@ -282,7 +319,8 @@ class Engine:
                 return status
         if part.flat is None:
             self._own_inputs(part, env)
-            part.flat = part.fragment.plan.start([env.get(value, MISSING) for value in program.inputs])
+            part.flat = part.fragment.plan.start([env.get(value, MISSING) for value in program.inputs],
+                                                 self._lender(run, part.fragment))
         else:
             self._own_inputs(part, env)
             _supply(part.flat, program, env)
@@ -300,6 +338,23 @@ class Engine:
             if compiled is not None:
                 compiled.flat_took(part.flat.busy_s)
         return status
+
+    def _lender(self, run: RunRecord, fragment: LoadedFragment) -> Lend | None:
+        """Who lends memory for a fragment's outputs: for each the lane that it takes first."""
+        outlets = self.outlets
+        if outlets is None or not fragment.plan.wants_lender:
+            return None
+        client, loaded, outputs = outlets.to_client(run.connection), run.loaded, fragment.program.outputs
+        stays = {value for value, (_, epoch) in zip(run.program.state, run.message.state, strict=False) if epoch}
+
+        def lend(index: int, size_bytes: int) -> Any:
+            value = outputs[index]
+            if value in stays:
+                return None
+            lends = client if value in loaded.return_index else outlets.to_peer(loaded.peer_of[value])
+            return lends(size_bytes) if lends is not None else None
+
+        return lend
 
     def _own_inputs(self, part: FragmentRun, env: dict[int, Any]) -> None:
         if part.fragment.plan.may_write:
@@ -372,6 +427,16 @@ class Engine:
             _share(run)
         values = tuple([(i, env[v]) for i, v in enumerate(program.returns) if v not in sent])
         return values, kept, state
+
+
+def _travels(program: WorkerProgram) -> frozenset[int]:
+    """Values that leave, and whose memory is the receiver's alone from then on: nothing here reads or keeps them.
+
+    But for those of `program.state` that a run gives a handle.
+    """
+    stays = {*program.keeps, *(value for group in program.aliases for value in group),
+             *(value for value, _ in program.input_views), *(value for f in program.fragments for value in f.inputs)}
+    return frozenset({*program.returns, *(send[0] for send in program.sends)} - stays)
 
 
 def _share(run: RunRecord) -> None:

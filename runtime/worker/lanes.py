@@ -11,6 +11,7 @@ import resource
 import secrets
 import select
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ MAX_OPEN_BYTES = 4 << 30
 DESCRIPTORS_EACH = 8
 """What a lane takes of the process's descriptors, with a few segments."""
 MAX_LANES = 1024
+MAX_READY = 64
+"""Kinds of answers, by their sizes, that memory was made ready for and that are remembered."""
 LINGER_S = 400e-6
 """How long a worker stays awake for the next message after an answer, while messages come as fast as that."""
 
@@ -93,6 +96,9 @@ class _Client:
         self.header = b""                         # of the message that is being handled the ordinary way
         self.steady: SteadyRun | None = None      # the run that it repeats
         self.streak = Streak()
+        self.lends = channel.allocate if channel.shares_pages else None
+        self.leaves: list[int] = []               # sizes of what an answer that is not complete has brought so far
+        self.ready: set[tuple[int, ...]] = set()  # sizes of answers that memory was made ready for
 
     def receive(self, timeout_s: float, spin_s: float = 0.0) -> Any:
         """What has come: (header, frames), or numbers instead of the header where it is what `steady` knows."""
@@ -223,7 +229,35 @@ class Lanes:
         assert run is not None
         if client.streak.lasts((run.message.program_id, run.message.template, len(client.header))):
             assert type(reply.message) is m.Result
-            client.steady = SteadyRun.of(engine, run, client.header, reply.message, reply.returned)
+            client.steady = SteadyRun.of(engine, run, client.header, reply.message, reply.returned, client.name)
+
+    def lends(self, connection: bytes) -> Callable[[int], Any] | None:
+        """What lends memory that a client's lane sends without a copy; None where the lane has none."""
+        client = self._by_name.get(connection)
+        return client.lends if client is not None else None
+
+    def make_ready(self, connection: bytes) -> None:
+        """An answer is complete: have memory for the next one of its sizes while the client still holds this one."""
+        client = self._by_name.get(connection)
+        if client is None or not client.leaves:
+            return
+        sizes, client.leaves = tuple(sorted(client.leaves)), []
+        if sizes not in client.ready:
+            if len(client.ready) >= MAX_READY:
+                client.ready.clear()
+            client.ready.add(sizes)
+            for size_bytes, count in Counter(sizes).items():
+                client.channel.reserve(size_bytes, count)
+
+    def counters(self, connection: bytes) -> dict[str, int]:
+        """What a client's lane has counted; nothing of what is none."""
+        client = self._by_name.get(connection)
+        return dict(client.channel.statistics()) if client is not None else {}
+
+    def memory(self, connection: bytes) -> dict[str, Any]:
+        """The numbers of the pool that a client's lane sends from; nothing where it has none."""
+        client = self._by_name.get(connection)
+        return dict(client.channel.memory() or {}) if client is not None else {}
 
     def send(self, connection: bytes, header: bytes, frames: Sequence[Any]) -> None:
         """Send, or queue; a client that is gone is forgotten, one that does not read is dropped."""
@@ -235,6 +269,9 @@ class Lanes:
                        frames)
         except (OSError, MessageLimitError) as error:
             self._drop(client, error)
+        else:
+            if frames and client.lends is not None:
+                client.leaves += map(len, frames)
 
     def _sent(self, client: _Client, sent: int, frames: Sequence[Any]) -> None:
         """After a message to a client. Raises: MessageLimitError where too much of what it was sent is open."""
@@ -282,9 +319,9 @@ class Lanes:
     def _drop(self, client: _Client, error: BaseException) -> None:
         if client.channel.close_end not in ("PEER_LOST", "PENDING"):
             log.warning("a client's lane is closed: %s", error)
+        self._on_left(client.name)               # who keeps accounts may ask for its counters
         self._poller.unregister(client.fd)
         del self._by_fd[client.fd], self._by_name[client.name]
         self._more.discard(client)
         self._to_arm.discard(client)
         client.channel.close()
-        self._on_left(client.name)

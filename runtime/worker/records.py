@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import GenieError
 from genie_dynamo.core.program import WorkerProgram
+from genie_dynamo.runtime.lanes.copies import Tally, Work
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +78,7 @@ class SessionRecord:
     broken: dict[tuple[int, int], GenieError] = field(default_factory=dict)
     pushed_bytes: int = 0                                  # of values of calls, to other workers
     moved_bytes: int = 0                                   # of state, to other workers
+    work: Work = field(default_factory=lambda: Work(Tally()))            # counts copies of its payload, but open lanes
 
 
 class Repeatable(NamedTuple):

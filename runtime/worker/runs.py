@@ -119,7 +119,7 @@ class Runs:
     def _run_now(self, session: SessionRecord, event: Received, message: m.Run, loaded: Any,
                  env: dict[int, Any], value_ids: Sequence[int]) -> Reply:
         """Carry out a run of a small program: what it returns is all there is to say."""
-        values, compute_s = self._tools.run_now(loaded, env, session.resident_bytes)
+        values, compute_s = self._tools.run_now(loaded, env, session.resident_bytes, event.connection)
         frames: list[Any] = []
         staged = tuple([(index, self._tools.stage(value, frames)) for index, value in enumerate(values)])
         return Reply(event.connection, m.Result(message.request, staged, (), compute_s, 0.0,

@@ -26,7 +26,7 @@ from genie_dynamo.runtime.lanes import stream
 from genie_dynamo.runtime.lanes.ends import BULK
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 from genie_dynamo.runtime.worker.background import Background
-from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine
+from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine, Outlets
 from genie_dynamo.runtime.worker.events import (
     Abandon,
     Command,
@@ -85,6 +85,8 @@ class Shell:
         self._peers = Peers(connect_peer, self._poller, wake)
         engine.peer_lanes = self._peers.lanes
         self._lanes = Lanes(offers, self._poller, self._message, self._left)
+        engine.outlets = Outlets(self._lanes.lends, self._peers.lends, self._lanes.counters,
+                                  self._lanes.memory)
         self.stopping = False
 
     def run_forever(self) -> None:
@@ -207,6 +209,7 @@ class Shell:
             self._ready.remove(run)
 
     def _advance(self, run: RunRecord) -> None:
+        self._engine.works_for(run.session.work)
         try:
             status = self._engine.advance(run, time.monotonic() + SLICE_S, self._emit)
             if status is RunStatus.DONE and not run.abandoned:
@@ -247,6 +250,8 @@ class Shell:
         header = pack(m.to_wire(message))
         if connection in self._lanes:
             self._lanes.send(connection, header, frames)
+            if type(message) is m.Result:
+                self._lanes.make_ready(connection)
             return
         if self._streams is not None and connection in self._streams:
             route = self._state.routes.get(connection)

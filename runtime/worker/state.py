@@ -14,6 +14,8 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import ProtocolError, StaleHandleError, VersionMismatchError, WorkerBusyError
 from genie_dynamo.core.limits import DEFAULT_LIMITS, Limits
 from genie_dynamo.core.program import WorkerProgram, read_offers
+from genie_dynamo.runtime.lanes import native
+from genie_dynamo.runtime.lanes.copies import Tally, Work
 from genie_dynamo.runtime.worker.events import (
     Abandon,
     Command,
@@ -55,6 +57,7 @@ class WorkerState:
         self._by_connection: dict[bytes, SessionRecord] = {}
         self._tools = toolbox
         self._quota_bytes = quota_bytes
+        self._from_peers = Work(Tally())                         # copies that no client's bytes are the reason of
         self._limits = limits
         self._runs = Runs(toolbox, incarnation, limits)
         residents = self._runs.residents
@@ -87,6 +90,7 @@ class WorkerState:
         try:
             if type(message) is m.Hello:
                 return self._hello(event.connection, message, event.now_s)
+            self._tools.works_for(self._from_peers)
             if type(message) is m.Push:
                 return self._runs.push(self.sessions.get(message.session), message, event.frames)
             if type(message) is m.Land:
@@ -101,6 +105,7 @@ class WorkerState:
                     f"this worker (incarnation {self.incarnation}) does not know the connection: it was restarted, "
                     "or the session has expired; open a new session", incarnation=self.incarnation)
             session.last_heard_s = event.now_s
+            self._tools.works_for(session.work)
             if type(message) is m.Run:
                 return self._runs.run(session, event)
             handler = self._handlers.get(type(message))
@@ -146,6 +151,7 @@ class WorkerState:
         session = self._by_connection.pop(connection, None)
         if session is not None:
             session.connections.discard(connection)
+            session.work.tally.add(self._tools.lane_counters(connection))
             for key in [key for key, arriving in session.arriving.items() if arriving.sender == connection]:
                 del session.arriving[key]
         return []
@@ -163,11 +169,16 @@ class WorkerState:
         return []
 
     def _stats(self, session: SessionRecord, event: Received) -> list[Command]:
+        copies = session.work.tally.plus({})
+        for connection in session.connections:
+            copies.add(self._tools.lane_counters(connection))
         info = {
             **self._tools.facts(), "incarnation": self.incarnation, "sessions": len(self.sessions),
             "programs": len(session.programs), "resident_tensors": len(session.tensors),
             "resident_bytes": session.resident_bytes, "quota_bytes": session.quota_bytes,
             "waiting_runs": sum(map(len, session.runs.values())), "pushed_bytes": session.pushed_bytes,
+            "lane_memory": native.sum_memory(map(self._tools.lane_memory, session.connections)),
+            "copied": (copies.copied_out, copies.copied_in),
             "moved_bytes": session.moved_bytes,
         }
         return [Reply(event.connection, m.Done(event.message.request, info))]  # type: ignore[union-attr]

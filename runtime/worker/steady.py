@@ -36,12 +36,13 @@ class SteadyRun:
     """
 
     def __init__(self, engine: Engine, origin: Repeatable, program: Any, run: Any, result: Any,
-                 returned: Sequence[Any], resident_bytes: int) -> None:
+                 returned: Sequence[Any], resident_bytes: int, connection: bytes) -> None:
         self.run, self.result = run, result
         self.into: list[int] = []
         self.frames: list[tuple[int, int]] = []
         self._engine = engine
         self._session = origin.session
+        self._connection = connection
         self._program_id, self._template = origin.message.program_id, origin.message.template
         self._program = program
         self._returned = [tensors.Look(value) for value in returned]
@@ -63,8 +64,8 @@ class SteadyRun:
 
     @classmethod
     def of(cls, engine: Engine, origin: Repeatable, header: bytes, answer: m.Result,
-           returned: Sequence[Any]) -> SteadyRun | None:
-        """From a run that came as `header` and was answered; None where it cannot be repeated like that."""
+           returned: Sequence[Any], connection: bytes) -> SteadyRun | None:
+        """From a run that came as `header` over `connection` and was answered; None where it cannot be repeated."""
         run = run_form(origin.message, header)
         result = result_form(answer, pack(m.to_wire(answer))) if run is not None else None
         entry = origin.session.programs.get(origin.message.program_id)
@@ -81,7 +82,7 @@ class SteadyRun:
             if any(form.gaps or form.core != form.shape for form in forms) or frames != [*range(len(frames))]:
                 return None
         return cls(engine, origin, entry[1], native.stencil(run), native.stencil(result), returned,
-                   answer.resident_bytes)
+                   answer.resident_bytes, connection)
 
     def carry_out(self, numbers: Sequence[Any], memory: Sequence[Any]) -> Answer | None:
         """Run with a message that has come; None: it has to take the ordinary way.
@@ -101,10 +102,12 @@ class SteadyRun:
                 return None
             env.update(template.env)
         session.last_heard_s = time.monotonic()
+        self._engine.works_for(session.work)
         try:
             for (value_id, form), frame in zip(self._brought, memory, strict=True):
                 env[value_id] = native.to_tensor(frame).view(form.dtype).as_strided(form.core, form.core_stride)
-            returned, compute_s = self._engine.run_now(self._program, env, session.resident_bytes)
+            returned, compute_s = self._engine.run_now(self._program, env, session.resident_bytes,
+                                                        self._connection)
         except Exception:
             return None
         inline: list[Any] = []

@@ -117,3 +117,24 @@ def test_an_op_that_fails_on_one_worker_fails_the_call_and_changes_nothing(fresh
         compiled(torch.tensor([0, 7]), counter)
     assert torch.equal(counter, before)
     torch.testing.assert_close(compiled(good, counter), expected)
+
+
+def test_large_intermediates_and_outputs_are_made_in_the_lane_they_take(fresh_dynamo: None) -> None:
+    """4 MiB each: what one call has made is not overwritten while the next worker, or the caller, still reads it."""
+    def widened(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = x.view(-1, 1) * torch.ones(1, 1024)
+        return wide * 2 + 1, wide.sin() * wide
+
+    compiled, kept = torch.compile(widened, backend=cut(halves)), []
+    with torch.no_grad():
+        for k in range(8):
+            x = torch.arange(1024.0) + k
+            made = compiled(x)
+            kept.append((x, made))
+            for one, other in zip(made, widened(x), strict=True):
+                assert torch.equal(one, other)
+        for x, made in kept:
+            for one, other in zip(made, widened(x), strict=True):
+                assert torch.equal(one, other)
+        made[0].zero_()
+        assert torch.equal(kept[0][1][1], widened(kept[0][0])[1])

@@ -83,7 +83,8 @@ class Tools:
     def is_small(self, loaded: str) -> bool:
         return self.small
 
-    def run_now(self, loaded: str, env: dict[int, Any], resident_bytes: int) -> tuple[list[Any], float]:
+    def run_now(self, loaded: str, env: dict[int, Any], resident_bytes: int,
+                connection: bytes) -> tuple[list[Any], float]:
         if env[0].content == b"bad":
             raise ValueError("no such value")
         return [Blob(env[0].content + b"!")], 0.5
@@ -102,6 +103,15 @@ class Tools:
 
     def stage(self, value: Any, frames: list[Any]) -> Any:
         return (m.INLINE, (value.content,))
+
+    def works_for(self, work: Any) -> None:
+        """It copies nothing."""
+
+    def lane_counters(self, connection: bytes) -> dict[str, int]:
+        return {}
+
+    def lane_memory(self, connection: bytes) -> dict[str, Any]:
+        return {}
 
     def facts(self) -> dict[str, Any]:
         return {"device": "cpu"}
