@@ -17,7 +17,7 @@ from bench.harness import Case, Settings
 
 BENCHES = ("tiny_call", "resident_mlp", "gpt2_forward", "training_step", "parameter_check", "inductor_forward",
            "worker_memory", "control_cpu", "waiting_client_cpu", "semantics", "costs", "placement", "bytes_moved",
-           "pipeline", "decode", "lanes", "device")
+           "pipeline", "decode", "lanes", "beside_uploads", "device")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

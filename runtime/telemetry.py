@@ -22,9 +22,9 @@ class _Counters:
     def __init__(self) -> None:
         self.calls = 0
         self.fragment_runs = 0
-        self.pushed_bytes = 0              # activations, from workers to workers
         self.sent = dict.fromkeys(REASONS, 0)
         self.received = dict.fromkeys(REASONS, 0)
+        self.between = dict.fromkeys(REASONS, 0)     # from workers to workers
         self.seconds = dict.fromkeys(("dispatch", "wait", "transfer", "compute"), 0.0)
 
     def snapshot(self) -> dict[str, Any]:
@@ -35,9 +35,8 @@ class _Counters:
             "bytes_received": sum(self.received.values()),
             "by_reason": {
                 reason: {"sent": self.sent[reason], "received": self.received[reason],
-                         "worker_to_worker": self.pushed_bytes if reason == "activations" else 0,
-                         "total": self.sent[reason] + self.received[reason]
-                         + (self.pushed_bytes if reason == "activations" else 0)}
+                         "worker_to_worker": self.between[reason],
+                         "total": self.sent[reason] + self.received[reason] + self.between[reason]}
                 for reason in REASONS
             },
             "seconds": dict(self.seconds),
@@ -68,7 +67,8 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pushed: dict[str, int] = {}           # by incarnation of a worker: bytes it has pushed, ever
+        # By incarnation of a worker: bytes by reason that it has sent to others, ever.
+        self._pushed: dict[str, dict[str, int]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -89,13 +89,14 @@ class Telemetry:
                 for reason, size in (received or {}).items():
                     counters.received[reason] += size
 
-    def pushed(self, worker: str, key: str, size_bytes: int) -> None:
-        """What a worker (its incarnation is `key`) says that it has pushed to others in this session, ever."""
+    def pushed(self, worker: str, key: str, by_reason: dict[str, int]) -> None:
+        """What a worker (its incarnation is `key`) says that it has sent to others in this session, ever."""
         with self._lock:
-            since = size_bytes - self._pushed.get(key, 0)
-            self._pushed[key] = size_bytes
-            for counters in (self._total, self._of(worker)):
-                counters.pushed_bytes += since
+            before = self._pushed.setdefault(key, {})
+            for reason, size_bytes in by_reason.items():
+                for counters in (self._total, self._of(worker)):
+                    counters.between[reason] += size_bytes - before.get(reason, 0)
+                before[reason] = size_bytes
 
     def call(self, shares: Sequence[Share], *, dispatch_s: float, wait_s: float, queue_s: float) -> None:
         """Count a finished call. It is only noted here: adding up can wait until somebody asks."""

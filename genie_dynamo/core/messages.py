@@ -22,7 +22,13 @@ from typing import Any, NamedTuple
 
 from genie_dynamo.core.errors import ProtocolError
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
+
+PIECE_BYTES = 1 << 20
+"""Contents of resident tensors beyond this travel in pieces: what is more urgent, or another client's, goes in between,
+on the lane and in the worker. Small ones share a message of about this size."""
+MAX_PIECES = 512
+"""Of one tensor: half of what waits in a lane's queue."""
 
 RESIDENT = 0
 INLINE = 1
@@ -71,12 +77,28 @@ class Have(NamedTuple):
 
 
 class Put(NamedTuple):
-    """Client -> worker: the content of a resident tensor at an epoch. Not answered; a bad one fails its runs."""
+    """Client -> worker: contents of resident tensors. Not answered; a bad one fails the runs that want it.
 
+    Each is `(tensor id, epoch, tensor, digest)`; the digest is the sha256 of the bytes where the client wants them
+    found again, else None, and the worker recomputes it.
+    """
+
+    contents: tuple[Any, ...]
+
+
+class Piece(NamedTuple):
+    """Client or worker -> worker: a part of the content of a large resident tensor. Not answered.
+
+    All have `piece_bytes(of the whole)`, the last one perhaps less. A client's come in order, and one at 0 begins anew;
+    another worker's may come out of order, and twice.
+    """
+
+    session: bytes          # from a worker that moves state here; empty from the client, whose connection says it
     tensor_id: int
     epoch: int
-    tensor: tuple[Any, ...]
-    digest: bytes | None    # sha256 of the bytes where the client wants them found again; the worker recomputes it
+    tensor: tuple[Any, ...]     # what the whole of it is; the payload is this piece's
+    digest: bytes | None    # as in Put, of the whole; None from a worker
+    offset: int             # of the piece's first byte
 
 
 class Adopt(NamedTuple):
@@ -95,7 +117,7 @@ class Run(NamedTuple):
     call_id: int
     arguments: tuple[Any, ...]               # aligned with program.inputs
     keeps: tuple[tuple[int, int], ...]       # (tensor id, epoch) for program.keeps, in order; empty: return them
-    incoming: tuple[tuple[int, int], ...]    # (tensor id, epoch) that a Put or a Run before this one brings
+    incoming: tuple[tuple[int, int], ...]    # (tensor id, epoch) that a Put, Pieces or a Run before this one bring
     frees: tuple[tuple[int, int], ...]       # (tensor id, epoch) no longer needed
     template: int = 0
     """Resident arguments need not be said in every call. n > 0: remember this call's as template n of the program;
@@ -245,12 +267,12 @@ class Bye(NamedTuple):
 
 Message = (
     Hello | Welcome | Load | Have | Put | Adopt | Run | Partial | Result | Failure | Done | Push | Cancel | Free
-    | Drop | Fetch | Stats | Ping | Bye | Calibrate | Echo | Probe | Move | Land | Profile
+    | Drop | Fetch | Stats | Ping | Bye | Calibrate | Echo | Probe | Move | Land | Profile | Piece
 )
 
 _TYPES: tuple[type[Any], ...] = (
     Hello, Welcome, Load, Have, Put, Adopt, Run, Partial, Result, Failure, Done, Push, Cancel, Free, Drop, Fetch,
-    Stats, Ping, Bye, Calibrate, Echo, Probe, Move, Land, Profile,
+    Stats, Ping, Bye, Calibrate, Echo, Probe, Move, Land, Profile, Piece,
 )
 _TAG_OF: dict[type[Any], int] = {cls: tag for tag, cls in enumerate(_TYPES)}
 _NUMBER = (int, float)
@@ -262,13 +284,18 @@ _FIELD_TYPES: dict[str, Any] = {
     "incoming": tuple, "frees": tuple, "values": tuple, "kept": tuple, "compute_s": _NUMBER, "queue_s": _NUMBER,
     "resident_bytes": int, "kind": str, "message": str, "value_id": int, "tensors": tuple, "value": object,
     "info": object, "template": int, "lanes": tuple, "fresh": bool, "address": str, "key": str, "size_bytes": int,
-    "state": tuple, "evicted": tuple, "offers": tuple,
+    "state": tuple, "evicted": tuple, "offers": tuple, "contents": tuple, "offset": int,
 }
 _CHECKS: tuple[tuple[Any, ...], ...] = tuple(tuple(_FIELD_TYPES[f] for f in cls._fields) for cls in _TYPES)
 _PAIR_FIELDS = frozenset({"keeps", "incoming", "frees", "tensors", "evicted"})
 _PAIRS: tuple[tuple[int, ...], ...] = tuple(
     tuple(index for index, field in enumerate(cls._fields, 1)
           if field in _PAIR_FIELDS or (cls is Run and field == "state")) for cls in _TYPES)
+
+
+def piece_bytes(size_bytes: int) -> int:
+    """How large the pieces of a content are."""
+    return PIECE_BYTES * max(1, -(-size_bytes // (PIECE_BYTES * MAX_PIECES)))
 
 
 def to_wire(message: Message) -> tuple[Any, ...]:

@@ -190,9 +190,9 @@ def copy_in(tensor: torch.Tensor, data: bytes) -> None:
         ctypes.memmove(tensor.data_ptr(), data, len(data))
 
 
-def view_memory(tensor: torch.Tensor, size_bytes: int) -> Any:
-    """A buffer object over the tensor's memory that keeps the tensor alive."""
-    buffer = (ctypes.c_char * size_bytes).from_address(tensor.data_ptr())
+def view_memory(tensor: torch.Tensor, size_bytes: int, offset_bytes: int = 0) -> Any:
+    """A buffer object over the tensor's memory, or a part of it, that keeps the tensor alive."""
+    buffer = (ctypes.c_char * size_bytes).from_address(tensor.data_ptr() + offset_bytes)
     buffer._owner = tensor  # type: ignore[attr-defined]
     return buffer
 

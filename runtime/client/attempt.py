@@ -28,7 +28,7 @@ from genie_dynamo.runtime.client.saved import SavedHandle, collect_handles, hook
 from genie_dynamo.runtime.client.session import Session
 from genie_dynamo.runtime.client.state import StateRules, Stored
 from genie_dynamo.runtime.client.steady import ChangedError, steady_call
-from genie_dynamo.runtime.client.uploads import Needs, find_needs, payload_bytes, send_fresh, send_put, unclaim
+from genie_dynamo.runtime.client.uploads import Needs, find_needs, payload_bytes, send_contents, send_fresh, unclaim
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.telemetry import Share
@@ -225,8 +225,8 @@ class Attempts:
             connection.run(header, frames, deadline_s, streaming=self.plan.num_workers == 1)
             inline = sum(sent.values()) - (sum(map(len, frames)) if frames else 0)
             sent["control"] = len(header) - inline
-            for upload in needs.changed:
-                send_put(connection, lane, link, upload, session.telemetry)
+            for _ in send_contents(connection, lane, link, needs.changed, session.telemetry):
+                pass
         except BaseException:
             unclaim(session.residency, link, [*needs.fresh, *needs.changed])
             connection.close()

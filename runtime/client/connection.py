@@ -55,6 +55,7 @@ class Connection:
         self.end: End | None = None
         self._streaming = False            # the answer comes over the end
         socket.setsockopt(zmq.RCVTIMEO, POLL_MS)
+        socket.setsockopt(zmq.SNDTIMEO, POLL_MS)
 
     def next_request(self) -> int:
         """A number for the next message that wants an answer."""
@@ -78,10 +79,8 @@ class Connection:
         header = pack(m.to_wire(message))
         if self._has_lane and type(message) is not m.Cancel:
             self._send_over_end(header, frames, time.monotonic() + SEND_TIMEOUT_S)
-        elif frames:
-            send_parts(self.socket, [header, *frames])
         else:
-            self.socket.send(header)
+            self._send_over_socket(header, frames, time.monotonic() + SEND_TIMEOUT_S)
         return len(header)
 
     def run(self, header: bytes, frames: Sequence[Any], deadline_s: float, streaming: bool = True) -> None:
@@ -94,7 +93,15 @@ class Connection:
         if self._streaming:
             self._send_over_end(header, frames, deadline_s)
         else:
-            send_parts(self.socket, [header, *frames])
+            self._send_over_socket(header, frames, deadline_s)
+
+    def _send_over_socket(self, header: bytes, frames: Sequence[Any], deadline_s: float) -> None:
+        while True:
+            try:
+                send_parts(self.socket, [header, *frames])
+                return
+            except zmq.Again:        # a full queue takes no part of a message
+                self._still_waiting(deadline_s)
 
     def _send_over_end(self, header: bytes, frames: Sequence[Any], deadline_s: float) -> None:
         assert self.end is not None

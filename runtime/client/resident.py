@@ -19,13 +19,10 @@ from genie_dynamo.runtime.client.binding import RNG_ARGUMENT, BoundProgram
 from genie_dynamo.runtime.client.connection import Connection
 from genie_dynamo.runtime.client.receiving import RefusedError, receive_result
 from genie_dynamo.runtime.client.session import Session
-from genie_dynamo.runtime.client.uploads import payload_bytes
+from genie_dynamo.runtime.client.uploads import CHUNK_BYTES, Content, parcels
 from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.telemetry import Share
-
-CHUNK_BYTES = 32 << 20
-"""Uploads wait for the worker after this much, so that neither side's queues grow."""
 
 _lane = ZmqFrames()
 _EPOCH = 0
@@ -101,15 +98,14 @@ class Uploader:
         """Send a CPU tensor that nobody will change. Raises: WorkerError."""
         resident = Resident(session, link, tensor.numel() * tensor.element_size())
         with link.connection() as connection:
-            frames: list[Any] = []
-            wire = _lane.stage(tensor, frames)
-            header = connection.send(m.Put(resident.tensor_id, _EPOCH, wire, None), frames)
-            size = payload_bytes(wire, frames)
-            session.telemetry.moved(link.name, sent={"inputs": size, "control": header - (0 if frames else size)})
-            self._unanswered += size
-            if self._unanswered > CHUNK_BYTES:
-                connection.ask(m.Have(connection.next_request(), ()), time.monotonic() + timeout_s)
-                self._unanswered = 0
+            for parcel in parcels(_lane, [Content(resident.tensor_id, _EPOCH, tensor, None)]):
+                header = connection.send(parcel.message, parcel.frames)
+                session.telemetry.moved(link.name, sent={"inputs": parcel.payload_bytes,
+                                                         "control": header - parcel.inline_bytes})
+                self._unanswered += parcel.payload_bytes
+                if self._unanswered > CHUNK_BYTES:
+                    connection.ask(m.Have(connection.next_request(), ()), time.monotonic() + timeout_s)
+                    self._unanswered = 0
         return resident
 
 

@@ -237,9 +237,8 @@ class Session:
         except GenieError as error:
             return {"error": str(error)}
         info = dict(answer.info) if isinstance(answer, m.Done) else {}
-        pushed_bytes = info.get("pushed_bytes")
-        if isinstance(pushed_bytes, int):
-            self.telemetry.pushed(link.name, link.key, pushed_bytes)
+        pushed = {"activations": info.get("pushed_bytes"), "state": info.get("moved_bytes")}
+        self.telemetry.pushed(link.name, link.key, {k: v for k, v in pushed.items() if isinstance(v, int)})
         return info
 
     # -- end --------------------------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ from genie_dynamo.core.errors import ProtocolError
 from genie_dynamo.runtime.client.connection import Connection
 from genie_dynamo.runtime.client.residency import DIGEST_BYTES, Entry, Residency, digest_of
 from genie_dynamo.runtime.client.workers import WorkerLink
-from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
+from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames, cut, travels_in_pieces
 from genie_dynamo.runtime.telemetry import Telemetry
 
 CHUNK_BYTES = 32 << 20
 """Bulk uploads wait for the worker after this much, so that neither side's queues grow and progress is real."""
+MAX_TOGETHER = 1024
+"""Contents that share a message; each may have a frame of its own, of which a message has 4096."""
 PROGRESS_BYTES = 32 << 20
 """From this size on a bulk upload shows a progress bar, where the configuration allows."""
 
@@ -28,6 +30,24 @@ class Upload(NamedTuple):
     entry: Entry
     tensor: torch.Tensor
     epoch: int
+
+
+class Content(NamedTuple):
+    """What a worker is to keep under a handle."""
+
+    tensor_id: int
+    epoch: int
+    tensor: torch.Tensor
+    digest: bytes | None
+
+
+class Parcel(NamedTuple):
+    """One message of an upload."""
+
+    message: m.Put | m.Piece
+    frames: Sequence[Any]
+    payload_bytes: int
+    inline_bytes: int                         # of them, inside the message part
 
 
 class Needs(NamedTuple):
@@ -84,6 +104,7 @@ def send_fresh(connection: Connection, lane: ZmqFrames, link: WorkerLink, upload
     known = _ask_known(connection, link, uploads, telemetry, deadline_s)
     total = sum(u.tensor.numel() * u.tensor.element_size() for u in uploads if u.entry.digest not in known)
     unacknowledged = 0
+    missing: list[Upload] = []
     with _progress(total, f"weights to {link.name}", progress) as advance:
         for upload in uploads:
             entry = upload.entry
@@ -91,7 +112,8 @@ def send_fresh(connection: Connection, lane: ZmqFrames, link: WorkerLink, upload
                 size = connection.send(m.Adopt(entry.tensor_id, upload.epoch, entry.digest))
                 telemetry.moved(link.name, sent={"control": size})
                 continue
-            size = send_put(connection, lane, link, upload, telemetry)
+            missing.append(upload)
+        for size in send_contents(connection, lane, link, missing, telemetry):
             advance(size)
             unacknowledged += size
             if unacknowledged > CHUNK_BYTES:
@@ -99,15 +121,38 @@ def send_fresh(connection: Connection, lane: ZmqFrames, link: WorkerLink, upload
                 unacknowledged = 0
 
 
-def send_put(connection: Connection, lane: ZmqFrames, link: WorkerLink, upload: Upload, telemetry: Telemetry) -> int:
-    """Send one content; returns its size in bytes."""
+def send_contents(connection: Connection, lane: ZmqFrames, link: WorkerLink, uploads: Sequence[Upload],
+                  telemetry: Telemetry) -> Iterator[int]:
+    """Send contents as the caller asks for the next; how many bytes each message brought."""
+    for parcel in parcels(lane, [Content(u.entry.tensor_id, u.epoch, u.tensor, u.entry.digest) for u in uploads]):
+        header = connection.send(parcel.message, parcel.frames)
+        telemetry.moved(link.name, sent={"weights": parcel.payload_bytes, "control": header - parcel.inline_bytes})
+        yield parcel.payload_bytes
+
+
+def parcels(lane: ZmqFrames, contents: Sequence[Content]) -> Iterator[Parcel]:
+    """The messages that bring contents: small ones together, large ones in pieces.
+
+    Raises: MessageLimitError for a tensor that cannot travel.
+    """
+    together: list[tuple[Any, ...]] = []
     frames: list[Any] = []
-    wire = lane.stage(upload.tensor, frames)
-    header = connection.send(m.Put(upload.entry.tensor_id, upload.epoch, wire, upload.entry.digest), frames)
-    size = payload_bytes(wire, frames)
-    inline = size if not frames else 0
-    telemetry.moved(link.name, sent={"weights": size, "control": header - inline})
-    return size
+    size = inline = 0
+    for content in contents:
+        if travels_in_pieces(content.tensor):
+            for wire, frame, offset in cut(content.tensor):
+                yield Parcel(m.Piece(b"", content.tensor_id, content.epoch, wire, content.digest, offset), (frame,),
+                             len(frame), 0)
+            continue
+        wire = lane.stage(content.tensor, frames)
+        together.append((content.tensor_id, content.epoch, wire, content.digest))
+        size += payload_bytes(wire, frames)
+        inline += len(wire[3]) if type(wire[3]) is bytes else 0
+        if size >= m.PIECE_BYTES or len(together) == MAX_TOGETHER:
+            yield Parcel(m.Put(tuple(together)), frames, size, inline)
+            together, frames, size, inline = [], [], 0, 0
+    if together:
+        yield Parcel(m.Put(tuple(together)), frames, size, inline)
 
 
 def payload_bytes(wire: Sequence[Any], frames: Sequence[Any]) -> int:

@@ -1,11 +1,20 @@
 """A message on its way over a native lane, as a future."""
 from __future__ import annotations
 
+import atexit
 import contextlib
+import logging
 import math
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+log = logging.getLogger(__name__)
+
+_SWEEP_S = 0.05
+"""How late a callback may come whose transfer ends before one that was posted earlier."""
 
 
 class TransferError(OSError):
@@ -17,8 +26,8 @@ class TransferError(OSError):
 
 
 class Transfer:
-    """One message. Its end is learnt by asking (`done`, `result`), in any number of threads; the first that learns it
-    calls the callbacks.
+    """One message. Its end is learnt by who asks (`done`, `result`), in any number of threads, or where there are
+    callbacks by a thread of the lane's own; the first that learns it calls the callbacks.
 
     Args: channel: of genie_dynamo._native; the message was sent with `watch`.  size_bytes: of all its buffers.
     """
@@ -61,12 +70,24 @@ class Transfer:
         return int(self._channel.bytes_moved(self._number)) / self.size_bytes if self.size_bytes else 0.0
 
     def add_done_callback(self, callback: Callable[[Transfer], None]) -> None:
-        """Call `callback(self)` when the end is learnt; at once where it is known."""
+        """Call `callback(self)` when it has ended, whether somebody asks or not; at once where that is known.
+
+        It is called in a thread that asks, or in one of the lane's own; what it raises is shown there and changes
+        nothing.
+        """
         with self._lock:
             if self.end == "PENDING":
                 self._callbacks.append(callback)
+                if len(self._callbacks) == 1:
+                    _watch(self)
                 return
-        callback(self)
+        self._call(callback)
+
+    def _call(self, callback: Callable[[Transfer], None]) -> None:
+        try:
+            callback(self)
+        except Exception:
+            log.exception("a callback of a transfer of %d bytes raised", self.size_bytes)
 
     def _wait(self, timeout_s: float) -> str:
         if self.end != "PENDING":
@@ -81,5 +102,59 @@ class Transfer:
             callbacks, self._callbacks = self._callbacks, []
         self._channel.forget(self._number)
         for callback in callbacks:
-            callback(self)
+            self._call(callback)
         return self.end
+
+
+class _Watcher:
+    """Learns the ends of one channel's transfers that have callbacks, in a thread that lives as long as there are any."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: deque[Transfer] = deque()        # in the order in which callbacks came
+        self._thread: threading.Thread | None = None
+        self._over = False
+
+    def add(self, transfer: Transfer) -> None:
+        with self._lock:
+            self._open.append(transfer)
+            if len(self._open) == 1:
+                self._thread = threading.Thread(target=self._run, name="genie-transfers", daemon=True)
+                self._thread.start()
+
+    def stop(self) -> None:
+        """The interpreter ends: no thread may then be inside the extension."""
+        self._over = True
+        if self._thread is not None:
+            self._thread.join(1.0)
+
+    def _run(self) -> None:
+        while not self._over:
+            with self._lock:
+                first, *others = self._open
+            first._wait(_SWEEP_S)
+            ended = {id(transfer) for transfer in (first, *others) if transfer.done()}
+            with self._lock:
+                self._open = deque(transfer for transfer in self._open if id(transfer) not in ended)
+                if not self._open:
+                    return
+
+
+_watchers: weakref.WeakKeyDictionary[Any, _Watcher] = weakref.WeakKeyDictionary()
+_watchers_lock = threading.Lock()
+
+
+def _watch(transfer: Transfer) -> None:
+    with _watchers_lock:
+        watcher = _watchers.get(transfer._channel)
+        if watcher is None:
+            watcher = _watchers[transfer._channel] = _Watcher()
+    watcher.add(transfer)
+
+
+@atexit.register
+def _stop() -> None:
+    with _watchers_lock:
+        watchers = list(_watchers.values())
+    for watcher in watchers:
+        watcher.stop()

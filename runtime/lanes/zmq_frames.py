@@ -5,7 +5,7 @@ memory. Below that, copying costs less than the bookkeeping of a shared buffer.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import zmq
 from genie_dynamo.core import tensors
 from genie_dynamo.core.errors import MessageLimitError, ProtocolError
 from genie_dynamo.core.limits import DEFAULT_LIMITS
+from genie_dynamo.core.messages import PIECE_BYTES, piece_bytes
 
 INLINE_BYTES = 16 << 10
 ZERO_COPY_BYTES = 256 << 10
@@ -50,7 +51,7 @@ class ZmqFrames:
 
     def land(self, wire: Any, frames: Sequence[Any], device: torch.device) -> torch.Tensor:
         form = tensors.form_of(wire)
-        data = _payload(wire[3], frames)
+        data = payload_of(wire, frames)
         if len(data) != form.size_bytes:
             raise ProtocolError(f"a {form.dtype} tensor of shape {form.core} takes {form.size_bytes} bytes, "
                                 f"{len(data)} came")
@@ -69,8 +70,27 @@ class ZmqFrames:
         return flat if form.core == form.shape else flat.as_strided(form.shape, form.stride)
 
 
-def _payload(payload: Any, frames: Sequence[Any]) -> Any:
-    """bytes, a uint8 tensor that a stream has filled, or a memoryview over a ZeroMQ frame."""
+def travels_in_pieces(tensor: torch.Tensor) -> bool:
+    """Whether what travels of a tensor is more than one piece."""
+    narrow = tensors.core_shape(tuple(tensor.shape), tensor.stride())
+    return tensors.numel(narrow) * tensor.element_size() > PIECE_BYTES
+
+
+def cut(tensor: torch.Tensor) -> Iterator[tuple[tuple[Any, ...], Any, int]]:
+    """A tensor of more than PIECE_BYTES in pieces: (the wire form of the whole, with the piece as frame 0; the piece;
+    where it begins). The tensor's memory must not change until the peer has answered a later message.
+    """
+    plain, (code, shape, stride, gaps) = tensors.describe(tensor)
+    wire = (code, shape, stride, 0, True) if gaps else (code, shape, stride, 0)
+    size_bytes = plain.numel() * plain.element_size()
+    step = piece_bytes(size_bytes)
+    for offset in range(0, size_bytes, step):
+        yield wire, tensors.view_memory(plain, min(step, size_bytes - offset), offset), offset
+
+
+def payload_of(wire: Any, frames: Sequence[Any]) -> Any:
+    """bytes, a uint8 tensor that a stream has filled, or a memoryview over a ZeroMQ frame. Raises: ProtocolError."""
+    payload = wire[3]
     if type(payload) is bytes:
         return payload
     if type(payload) is not int or not 0 <= payload < len(frames):

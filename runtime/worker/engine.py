@@ -21,7 +21,8 @@ from genie_dynamo.core.fragment import decode
 from genie_dynamo.core.program import FragmentProgram, WorkerProgram
 from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
 from genie_dynamo.runtime.lanes import native
-from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
+from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames, cut, travels_in_pieces
+from genie_dynamo.runtime.worker.assembly import Assembly
 from genie_dynamo.runtime.worker.compiled import RUNS, CompiledFragment
 from genie_dynamo.runtime.worker.records import RunRecord
 from genie_dynamo.runtime.worker.rng import Generator
@@ -126,6 +127,7 @@ class Engine:
         self._wake = wake
         self._refused: dict[str, str] = {}
         self.num_repeated = 0            # runs that were recognised (worker/steady.py)
+        self.peer_lanes: Callable[[], dict[str, Any]] = dict      # which lanes go to other workers, for people
 
     # -- toolbox ----------------------------------------------------------------------------------------------
 
@@ -135,6 +137,12 @@ class Engine:
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor in memory of this worker, aligned as kernels like it: for what is kept, or written to."""
         return tensor.clone() if tensor.data_ptr() % ALIGNMENT_BYTES or native.is_foreign(tensor) else tensor
+
+    def announced_bytes(self, wire: Any) -> int:
+        return tensors.form_of(wire).size_bytes
+
+    def assemble(self, wire: Any) -> Assembly:
+        return Assembly(wire)
 
     def _writable(self, inputs: list[Any]) -> list[Any]:
         """What a graph that may write to its inputs gets instead of a client's pages."""
@@ -150,6 +158,10 @@ class Engine:
                 return (m.ALIAS, value.holder, value.view)
             return (m.SPAN, self.lane.stage(self._on_host(value.memory), frames), value.view)
         return value
+
+    def cut(self, tensor: torch.Tensor) -> Sequence[tuple[Any, Any, int]]:
+        """A large tensor in pieces (lanes/zmq_frames.py); nothing of one that travels as a whole."""
+        return tuple(cut(self._on_host(tensor))) if travels_in_pieces(tensor) else ()
 
     def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self._staging is None or tensor.is_cpu else self._staging.down(tensor)
@@ -169,6 +181,10 @@ class Engine:
         size_bytes = plain.numel() * plain.element_size()
         return tensors.view_memory(plain, size_bytes) if size_bytes else b""
 
+    def content_size(self, tensor: torch.Tensor) -> int:
+        """Bytes that travel of a tensor: of one that is expanded, those that differ."""
+        return tensors.numel(tensors.core_shape(tuple(tensor.shape), tensor.stride())) * tensor.element_size()
+
     def size_bytes(self, tensor: Any) -> int:
         return tensor.untyped_storage().nbytes() if isinstance(tensor, torch.Tensor) else 0
 
@@ -180,6 +196,7 @@ class Engine:
             "device": str(self.device), "threads": self.num_threads, "torch": str(torch.__version__),
             "pid": os.getpid(), "memory_bytes": resident_set_bytes(), "cpu_seconds": time.process_time(),
             "repeated_runs": self.num_repeated, "compiler_refusals": dict(self._refused), "compilers": dict(RUNS),
+            "peer_lanes": self.peer_lanes(),
             "staged_bytes": dict(self._staging.counted) if self._staging is not None else {},
         }
 

@@ -65,12 +65,11 @@ class Abandon(NamedTuple):
 
 
 class Deliver(NamedTuple):
-    """Send a message to another worker, and answer the client that asked for it: it is on its way, or why it is not."""
+    """Send a tensor to another worker, and answer the client that asked for it: it is on its way, or why it is not."""
 
     address: str
     key: str
-    message: m.Land
-    frames: Sequence[Any]
+    letters: Sequence[tuple[m.Land | m.Piece, Sequence[Any]]]     # messages with their frames
     connection: bytes
     request: int
 

@@ -20,7 +20,7 @@ import zmq
 
 from genie_dynamo.core.errors import GenieError, ProtocolError
 from genie_dynamo.runtime.lanes import native
-from genie_dynamo.runtime.lanes.ends import NativeEnd, connect_native
+from genie_dynamo.runtime.lanes.ends import NORMAL, NativeEnd, connect_native
 from genie_dynamo.runtime.lanes.transfer import Transfer
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 from genie_dynamo.runtime.worker.echoes import TIMEOUT_S, echo
@@ -68,8 +68,10 @@ class Peers:
         self._proven: deque[tuple[Peer, NativeEnd]] = deque()      # from the opening threads
         self._closed = False
 
-    def send(self, peer: Peer, session: bytes, parts: list[Any]) -> None:
-        """Send a message and its frames, which stay as they are from here on."""
+    def send(self, peer: Peer, session: bytes, parts: list[Any], priority: int = NORMAL) -> None:
+        """Send a message and its frames, which stay as they are from here on. What a run waits for in the middle of a
+        call overtakes what is BULK, on a lane; ZeroMQ keeps the order.
+        """
         way = self._ways.get(peer.address)
         if way is None:
             way = self._ways[peer.address] = _Way()
@@ -78,15 +80,15 @@ class Peers:
             threading.Thread(target=self._open, args=(peer, session), name="genie-peer-lane", daemon=True).start()
         if self._proven:
             self._take_proven()
-        if way.end is None or not self._over_lane(peer, way, parts):
+        if way.end is None or not self._over_lane(peer, way, parts, priority):
             self._over_zmq(peer, parts)
 
-    def _over_lane(self, peer: Peer, way: _Way, parts: list[Any]) -> bool:
+    def _over_lane(self, peer: Peer, way: _Way, parts: list[Any], priority: int) -> bool:
         end = way.end
         assert end is not None
         try:
             self._settle(way)
-            sent = end.post(parts)
+            sent = end.post(parts, priority)
         except OSError as error:
             self._broke(peer, way, error)
             return False
@@ -175,9 +177,11 @@ class Peers:
             self._wake()
             return
 
-    def lanes(self) -> dict[str, str]:
-        """Which lane pushes to each peer take."""
-        return {address: way.end.name if way.end is not None else f"zmq ({way.reason})"
+    def lanes(self) -> dict[str, dict[str, Any]]:
+        """Which lane pushes to each peer take, by its address, and what that lane has counted."""
+        return {address: {"name": "zmq", "reason": way.reason} if way.end is None else
+                {"name": way.end.name, "reason": way.reason,
+                 **{name: way.end.counters()[name] for name in ("bytes_sent", "bytes_shared", "bytes_copied_out")}}
                 for address, way in self._ways.items()}
 
     def close(self) -> None:

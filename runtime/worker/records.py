@@ -49,6 +49,13 @@ class Template:
     others: tuple[int, ...]                                # value ids of the arguments that each call brings
 
 
+class Arriving(NamedTuple):
+    """A large tensor of which pieces have come."""
+
+    assembly: Any
+    sender: bytes                                          # the client's connection; empty: other workers
+
+
 @dataclass(slots=True, eq=False)
 class SessionRecord:
     """One client's life on this worker."""
@@ -60,6 +67,7 @@ class SessionRecord:
     connections: set[bytes] = field(default_factory=set)
     programs: dict[int, tuple[WorkerProgram, Any, bool]] = field(default_factory=dict)   # the last: small
     tensors: dict[tuple[int, int], Any] = field(default_factory=dict)    # least recently used first
+    arriving: dict[tuple[int, int], Arriving] = field(default_factory=dict)
     evicted: list[tuple[int, int]] = field(default_factory=list)         # that the client does not know of yet
     resident_bytes: int = 0
     templates: dict[int, Template] = field(default_factory=dict)         # program id -> its remembered arguments
@@ -67,7 +75,8 @@ class SessionRecord:
     cancelled: dict[int, None] = field(default_factory=dict)             # call ids whose late pushes are dropped
     runs: dict[int, list[RunRecord]] = field(default_factory=dict)       # call id -> runs
     broken: dict[tuple[int, int], GenieError] = field(default_factory=dict)
-    pushed_bytes: int = 0                                  # of tensors, to other workers
+    pushed_bytes: int = 0                                  # of values of calls, to other workers
+    moved_bytes: int = 0                                   # of state, to other workers
 
 
 class Repeatable(NamedTuple):

@@ -20,7 +20,7 @@ from genie_dynamo.core.errors import (
     WorkerMemoryError,
 )
 from genie_dynamo.runtime.worker.events import Abandon, Command, Deliver, Execute, Failed, Received, Reply
-from genie_dynamo.runtime.worker.records import SessionRecord
+from genie_dynamo.runtime.worker.records import Arriving, SessionRecord
 from genie_dynamo.runtime.worker.toolbox import Toolbox
 
 
@@ -43,17 +43,70 @@ class Residents:
 
     def put(self, session: SessionRecord, event: Received) -> list[Command]:
         message: m.Put = event.message  # type: ignore[assignment]
-        key = (message.tensor_id, message.epoch)
-        try:
-            tensor = self._tools.own(self._tools.land(message.tensor, event.frames))
-            if message.digest is not None:
-                self._remember(message.digest, tensor)
-        except Exception as error:
-            return self.broke(session, key, error)
-        return self._store(session, key, tensor)
+        commands: list[Command] = []
+        for content in message.contents:
+            tensor_id, epoch, wire, digest = _checked(content)
+            key = (tensor_id, epoch)
+            try:
+                tensor = self._tools.own(self._tools.land(wire, event.frames))
+                if digest is not None:
+                    self._remember(digest, hashlib.sha256(self._tools.content_bytes(tensor)).digest(), tensor)
+            except Exception as error:
+                commands += self.broke(session, key, error)
+                continue
+            commands += self._store(session, key, tensor)
+        return commands
 
-    def _remember(self, digest: bytes, tensor: Any) -> None:
-        actual = hashlib.sha256(self._tools.content_bytes(tensor)).digest()
+    def piece(self, session: SessionRecord | None, event: Received) -> list[Command]:
+        """A part of a large content, from the client or from another worker."""
+        message: m.Piece = event.message  # type: ignore[assignment]
+        if session is None:
+            return []
+        key, landing = (message.tensor_id, message.epoch), bool(message.session)
+        if landing:
+            _check_landing(key)
+            if key in session.tensors:
+                return []        # it came twice, or from somebody who should not: what is resident never changes
+        try:
+            arriving = self._arriving(session, message, b"" if landing else event.connection)
+            if arriving is None:
+                return []
+            arriving.assembly.add(message.tensor, message.offset, event.frames, digest=message.digest is not None)
+            if not arriving.assembly.whole:
+                return []
+            del session.arriving[key]
+            tensor = self._tools.land(*arriving.assembly.wire(message.tensor))
+            if message.digest is not None:
+                self._remember(message.digest, arriving.assembly.sha256, tensor)
+        except Exception as error:
+            session.arriving.pop(key, None)
+            return self._no_landing(session, key, error) if landing else self.broke(session, key, error)
+        return self._landed(session, key, tensor) if landing else self._store(session, key, tensor)
+
+    def _arriving(self, session: SessionRecord, message: m.Piece, sender: bytes) -> Arriving | None:
+        """What the piece is a part of; None for an upload that was given up.
+
+        Raises: ProtocolError; WorkerMemoryError where the session may not keep so much.
+        """
+        key = (message.tensor_id, message.epoch)
+        arriving = session.arriving.get(key)
+        if arriving is not None and arriving.sender == sender and (message.offset or not sender):
+            return arriving
+        if message.offset and sender:
+            return None
+        session.arriving.pop(key, None)
+        size_bytes = self._tools.announced_bytes(message.tensor)
+        others_bytes = sum(other.assembly.size_bytes for other in session.arriving.values())
+        if size_bytes + others_bytes > session.quota_bytes:
+            raise WorkerMemoryError(
+                f"a tensor of {size_bytes / 2**20:.1f} MiB is on its way, with {others_bytes / 2**20:.1f} MiB of "
+                f"others, and this session may keep {session.quota_bytes / 2**20:.1f} MiB on the worker; raise the "
+                "quota (resident_quota_gib, or --resident-quota-gib of the worker) or add a worker",
+                size_bytes=size_bytes, quota_bytes=session.quota_bytes)
+        arriving = session.arriving[key] = Arriving(self._tools.assemble(message.tensor), sender)
+        return arriving
+
+    def _remember(self, digest: bytes, actual: bytes, tensor: Any) -> None:
         if actual != digest:
             raise ProtocolError(f"content arrived with sha256 {actual.hex()[:16]}, announced was {digest.hex()[:16]}")
         self._contents[digest] = tensor
@@ -136,6 +189,7 @@ class Residents:
             for program_id in [p for p, t in session.templates.items() if key in t.keys]:
                 del session.templates[program_id]
         tensor = session.tensors.pop(key, None)
+        session.arriving.pop(key, None)
         session.broken.pop(key, None)
         if tensor is not None:
             session.resident_bytes -= self._tools.size_bytes(tensor)
@@ -149,30 +203,43 @@ class Residents:
         """Send a tensor to the worker that will run with it."""
         message: m.Move = event.message  # type: ignore[assignment]
         tensor = self.find(session, (message.tensor_id, message.epoch))
-        frames: list[Any] = []
-        staged = self._tools.stage(tensor, frames)
-        land = m.Land(session.token, message.tensor_id, message.epoch, staged[1])
-        return [Deliver(message.address, message.key, land, frames, event.connection, message.request)]
+        letters: list[tuple[m.Land | m.Piece, Sequence[Any]]] = [
+            (m.Piece(session.token, message.tensor_id, message.epoch, wire, None, offset), (frame,))
+            for wire, frame, offset in self._tools.cut(tensor)]
+        if not letters:
+            frames: list[Any] = []
+            staged = self._tools.stage(tensor, frames)
+            letters.append((m.Land(session.token, message.tensor_id, message.epoch, staged[1]), frames))
+        session.moved_bytes += self._tools.content_size(tensor)
+        return [Deliver(message.address, message.key, letters, event.connection, message.request)]
 
     def land(self, session: SessionRecord | None, message: m.Land, frames: Sequence[Any]) -> list[Command]:
         """A tensor has come from another worker."""
         if session is None:
             return []
-        if message.epoch < 1:
-            raise ProtocolError(f"state has an epoch above 0, tensor {message.tensor_id} came with {message.epoch}")
         key = (message.tensor_id, message.epoch)
+        _check_landing(key)
         if key in session.tensors:
             return []            # it came twice, or from somebody who should not: what is resident never changes
         try:
             tensor = self._tools.own(self._tools.land(message.tensor, frames))
-            self.keep(session, key, tensor)
-            self.make_room(session, {key})
         except Exception as error:
-            self.discard(session, key)
-            failed = self.broke(session, key, error)    # the run that waits for it need not wait until it is late
-            del session.broken[key]                     # and nobody else asks
-            return failed
+            return self._no_landing(session, key, error)
+        return self._landed(session, key, tensor)
+
+    def _landed(self, session: SessionRecord, key: tuple[int, int], tensor: Any) -> list[Command]:
+        self.keep(session, key, tensor)
+        try:
+            self.make_room(session, {key})
+        except WorkerMemoryError as error:
+            return self._no_landing(session, key, error)
         return self.arrived(session, key, tensor)
+
+    def _no_landing(self, session: SessionRecord, key: tuple[int, int], error: BaseException) -> list[Command]:
+        self.discard(session, key)
+        failed = self.broke(session, key, error)    # the run that waits for it need not wait until it is late
+        del session.broken[key]                     # and nobody else asks
+        return failed
 
     def fetch(self, session: SessionRecord, event: Received) -> list[Command]:
         message: m.Fetch = event.message  # type: ignore[assignment]
@@ -183,3 +250,16 @@ class Residents:
         value = self._tools.stage(tensor, frames)
         return [Reply(event.connection, m.Result(message.request, ((0, value),), (), 0.0, 0.0,
                                                  session.resident_bytes), frames)]
+
+
+def _checked(content: Any) -> tuple[int, int, Any, bytes | None]:
+    """A content of a Put. Raises: ProtocolError."""
+    if type(content) is not tuple or len(content) != 4 or type(content[0]) is not int or type(content[1]) is not int \
+            or type(content[2]) is not tuple or type(content[3]) not in (bytes, type(None)):
+        raise ProtocolError(f"a content is (tensor id, epoch, tensor, digest), got {content!r:.80}")
+    return content
+
+
+def _check_landing(key: tuple[int, int]) -> None:
+    if key[1] < 1:
+        raise ProtocolError(f"state has an epoch above 0, tensor {key[0]} came with {key[1]}")

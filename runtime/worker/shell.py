@@ -23,6 +23,7 @@ from genie_dynamo.core.errors import GenieError, WorkerBusyError
 from genie_dynamo.core.wire import pack, unpack
 from genie_dynamo.runtime.flat import RunStatus
 from genie_dynamo.runtime.lanes import stream
+from genie_dynamo.runtime.lanes.ends import BULK
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 from genie_dynamo.runtime.worker.background import Background
 from genie_dynamo.runtime.worker.engine import STREAM_BYTES, Engine
@@ -82,6 +83,7 @@ class Shell:
         self._poller.register(self._socket_fd, select.EPOLLIN)
         self._streams = Streams(listener, self._poller, self._message, self._left) if listener is not None else None
         self._peers = Peers(connect_peer, self._poller, wake)
+        engine.peer_lanes = self._peers.lanes
         self._lanes = Lanes(offers, self._poller, self._message, self._left)
         self.stopping = False
 
@@ -190,8 +192,9 @@ class Shell:
     def _deliver(self, command: Deliver) -> None:
         answer: m.Message = m.Done(command.request, None)
         try:
-            self._peers.send(Peer(command.address, command.key, ()), command.message.session,
-                             [pack(m.to_wire(command.message)), *command.frames])
+            for message, frames in command.letters:
+                self._peers.send(Peer(command.address, command.key, ()), message.session,
+                                 [pack(m.to_wire(message)), *frames], BULK)
         except (zmq.ZMQError, GenieError) as error:
             answer = failure(command.request, WorkerBusyError(
                 f"the way from this worker to {command.address} takes nothing ({error})"))

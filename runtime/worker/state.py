@@ -59,7 +59,8 @@ class WorkerState:
         self._runs = Runs(toolbox, incarnation, limits)
         residents = self._runs.residents
         self._handlers: dict[type[Any], Callable[..., list[Command]]] = {
-            m.Load: self._load, m.Have: residents.have, m.Put: residents.put, m.Adopt: residents.adopt,
+            m.Load: self._load, m.Have: residents.have, m.Put: residents.put, m.Piece: residents.piece,
+            m.Adopt: residents.adopt,
             m.Cancel: self._runs.cancel, m.Free: residents.free, m.Drop: self._drop, m.Fetch: residents.fetch,
             m.Move: residents.move,
             m.Stats: self._stats, m.Ping: self._ping, m.Bye: self._bye, m.Calibrate: self._measure,
@@ -90,6 +91,8 @@ class WorkerState:
                 return self._runs.push(self.sessions.get(message.session), message, event.frames)
             if type(message) is m.Land:
                 return self._runs.residents.land(self.sessions.get(message.session), message, event.frames)
+            if type(message) is m.Piece and message.session:
+                return self._runs.residents.piece(self.sessions.get(message.session), event)
             if type(message) is m.Echo:
                 return self._echo(event.connection, message, event.frames)
             session = self._by_connection.get(event.connection)
@@ -143,6 +146,8 @@ class WorkerState:
         session = self._by_connection.pop(connection, None)
         if session is not None:
             session.connections.discard(connection)
+            for key in [key for key, arriving in session.arriving.items() if arriving.sender == connection]:
+                del session.arriving[key]
         return []
 
     def _load(self, session: SessionRecord, event: Received) -> list[Command]:
@@ -163,6 +168,7 @@ class WorkerState:
             "programs": len(session.programs), "resident_tensors": len(session.tensors),
             "resident_bytes": session.resident_bytes, "quota_bytes": session.quota_bytes,
             "waiting_runs": sum(map(len, session.runs.values())), "pushed_bytes": session.pushed_bytes,
+            "moved_bytes": session.moved_bytes,
         }
         return [Reply(event.connection, m.Done(event.message.request, info))]  # type: ignore[union-attr]
 
@@ -216,6 +222,7 @@ class WorkerState:
             run.abandoned = True
         session.runs.clear()
         session.tensors.clear()
+        session.arriving.clear()
         session.programs.clear()
         session.templates.clear()
         session.mailbox.clear()

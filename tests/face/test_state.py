@@ -380,11 +380,13 @@ def test_a_cache_moves_once_from_the_worker_that_made_it_to_the_one_that_uses_it
         patch.setattr(Attempts, "_near_state", lambda self, session, args: other)
         for step in range(3):
             genie.reset_stats()
-            expected = net(x, k, v)
+            expected, held_bytes = net(x, k, v), k.nbytes + v.nbytes
             out, k, v = decode(x, k, v)
             same((out, k, v), expected)
-            events = genie.get_stats()["events"]
-            assert events.get("state moved between workers", 0) == (2 if step == 0 else 0)
+            stats = genie.get_stats()
+            assert stats["events"].get("state moved between workers", 0) == (2 if step == 0 else 0)
+            between = stats["by_reason"]["state"]["worker_to_worker"]
+            assert between == (held_bytes if step == 0 else 0)
             assert moved()["state"] == (0, 2 * ROW_BYTES), "nothing of the cache goes through the client"
     # The worker that has it is lost before it could send it: the local truth goes up.
     with pytest.MonkeyPatch.context() as patch:

@@ -91,7 +91,8 @@ def test_a_tensor_moves_and_the_run_that_names_it_waits_for_it() -> None:
     assert isinstance(deliver, Deliver) and deliver.address == "tcp://b:1" and deliver.request == 5
     (execute,) = target.call((m.MOVED, 7, 1, 2.0))
     assert execute.run.pending == {(7, 1): [0]}
-    (again,) = target.send(deliver.message, b"peer")
+    ((letter, _),) = deliver.letters
+    (again,) = target.send(letter, b"peer")
     assert isinstance(again, Execute) and again.run.env[0].content == b"seven" and not again.run.pending
     assert failure_of(source.send(m.Move(6, 8, 1, "tcp://b:1", ""))).kind == "StaleHandleError"
 
@@ -129,3 +130,28 @@ def test_a_tensor_that_never_comes_fails_the_run() -> None:
     assert failure_of([reply]).kind == "StaleHandleError"
     assert worker.send(m.Land(b"?" * 16, 7, 1, (b"x",)), b"peer") == []
     assert failure_of(worker.send(m.Land(TOKEN, 7, 0, (b"x",)), b"peer")).kind == "ProtocolError"
+
+
+def test_a_large_tensor_moves_in_pieces_in_any_order_and_twice() -> None:
+    source, target = StateWorker(), StateWorker()
+    source.finish(source.call(stored(7, b"twelve bytes")), b"")
+    (deliver,) = source.send(m.Move(5, 7, 1, "tcp://b:1", ""))
+    assert isinstance(deliver, Deliver) and len(deliver.letters) == 6
+    target.call((m.MOVED, 7, 1, 2.0))
+    letters = [letter for letter, _ in reversed(deliver.letters)]
+    for letter in (*letters[:-1], letters[0]):
+        assert target.send(letter, b"peer") == []
+    (again,) = target.send(letters[-1], b"peer")
+    assert isinstance(again, Execute) and again.run.env[0].content == b"twelve bytes"
+    assert target.send(letters[0], b"peer") == [], "what is resident is not changed"
+    (session,) = target.state.sessions.values()
+    assert not session.arriving
+
+
+def test_pieces_beyond_the_quota_fail_the_run_before_there_is_memory_for_them() -> None:
+    worker = StateWorker(quota_bytes=10)
+    worker.call((m.MOVED, 7, 1, 2.0))
+    reply, _ = worker.send(m.Piece(TOKEN, 7, 1, (b"12", 12), None, 0), b"peer")
+    assert failure_of([reply]).kind == "WorkerMemoryError"
+    (session,) = worker.state.sessions.values()
+    assert not session.arriving and not session.broken

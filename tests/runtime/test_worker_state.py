@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from genie_dynamo.core import messages as m
+from genie_dynamo.core.errors import ProtocolError
 from genie_dynamo.core.program import FragmentProgram, WorkerProgram
 from genie_dynamo.runtime.worker.events import (
     Abandon,
@@ -33,6 +34,30 @@ class Blob:
         self.content = content
 
 
+class Pieces:
+    """Stands for an Assembly (worker/assembly.py): pieces `(bytes, size of the whole)`."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.parts: dict[int, bytes] = {}
+
+    def add(self, wire: Any, offset: int, frames: Any, *, digest: bool) -> None:
+        if offset + len(wire[0]) > self.size_bytes:
+            raise ProtocolError(f"a piece at {offset} of {self.size_bytes}")
+        self.parts[offset] = wire[0]
+
+    @property
+    def whole(self) -> bool:
+        return sum(map(len, self.parts.values())) == self.size_bytes
+
+    @property
+    def sha256(self) -> bytes:
+        return hashlib.sha256(self.wire(None)[0][0]).digest()
+
+    def wire(self, wire: Any) -> tuple[tuple[bytes], tuple[()]]:
+        return (b"".join(part for _, part in sorted(self.parts.items())),), ()
+
+
 class Tools:
     small = False
 
@@ -41,6 +66,16 @@ class Tools:
 
     def own(self, tensor: Blob) -> Blob:
         return tensor
+
+    def announced_bytes(self, wire: Any) -> int:
+        return int(wire[1])
+
+    def assemble(self, wire: Any) -> Pieces:
+        return Pieces(int(wire[1]))
+
+    def cut(self, tensor: Blob) -> list[tuple[Any, Any, int]]:
+        whole = len(tensor.content)
+        return [((tensor.content[at:at + 2], whole), b"", at) for at in range(0, whole, 2)] if whole > 8 else []
 
     def load(self, program: WorkerProgram) -> str:
         return f"loaded {program.program_id}"
@@ -55,6 +90,9 @@ class Tools:
 
     def content_bytes(self, tensor: Blob) -> bytes:
         return tensor.content
+
+    def content_size(self, tensor: Blob) -> int:
+        return len(tensor.content)
 
     def size_bytes(self, tensor: Any) -> int:
         return len(tensor.content)
@@ -204,14 +242,14 @@ def test_what_is_not_an_argument_is_a_protocol_error(worker: Worker, argument: A
 
 
 def test_a_resident_tensor_is_found_by_id_and_epoch_only(worker: Worker) -> None:
-    worker.send(m.Put(4, 2, (b"v2",), None))
+    worker.send(m.Put(((4, 2, (b"v2",), None),)))
     assert run_of(worker.run((m.RESIDENT, 4, 2))).env[0].content == b"v2"
     assert failure_of(worker.run((m.RESIDENT, 4, 1))).kind == "StaleHandleError"
     assert failure_of(worker.run((m.RESIDENT, 4, 3))).kind == "StaleHandleError"
 
 
 def test_another_session_does_not_see_the_tensor(worker: Worker) -> None:
-    worker.send(m.Put(4, 0, (b"mine",), None))
+    worker.send(m.Put(((4, 0, (b"mine",), None),)))
     worker.hello(OTHER, b"d")
     assert failure_of(worker.send(m.Fetch(3, 4, 0), b"d")).kind == "StaleHandleError"
 
@@ -219,13 +257,64 @@ def test_another_session_does_not_see_the_tensor(worker: Worker) -> None:
 def test_a_run_waits_for_a_put_that_was_announced(worker: Worker) -> None:
     run = run_of(worker.run((m.RESIDENT, 4, 1), incoming=((4, 1),)))
     assert 0 not in run.env
-    again = run_of(worker.send(m.Put(4, 1, (b"late",), None)))
+    again = run_of(worker.send(m.Put(((4, 1, (b"late",), None),))))
     assert again is run and run.env[0].content == b"late" and not run.pending
+
+
+def piece(content: bytes, offset: int, digest: bytes | None = None, tensor_id: int = 4) -> m.Piece:
+    return m.Piece(b"", tensor_id, 1, (content[offset:offset + 4], len(content)), digest, offset)
+
+
+def test_another_clients_run_is_answered_in_the_middle_of_an_upload(worker: Worker) -> None:
+    waiting = run_of(worker.run((m.RESIDENT, 4, 1), incoming=((4, 1),)))
+    assert worker.send(piece(b"large tensor", 0)) == []
+    worker.hello(OTHER, b"d")
+    worker.state.sessions[OTHER].programs.update(worker.state.sessions[TOKEN].programs)
+    between = run_of(worker.send(m.Run(6, 1, 10, (inline(b"step"),), (), (), ()), b"d"))
+    (reply,) = worker.state.handle(Finished(between, (), (), 0.0))
+    assert isinstance(reply, Reply) and reply.connection == b"d" and 0 not in waiting.env
+    assert worker.send(piece(b"large tensor", 4)) == []
+    assert run_of(worker.send(piece(b"large tensor", 8))) is waiting and waiting.env[0].content == b"large tensor"
+    assert not worker.state.sessions[TOKEN].arriving
+
+
+def test_pieces_with_a_wrong_digest_fail_the_run_that_waits(worker: Worker) -> None:
+    worker.run((m.RESIDENT, 4, 1), incoming=((4, 1),))
+    digest = hashlib.sha256(b"original").digest()
+    assert worker.send(piece(b"tampered", 0, digest)) == []
+    assert failure_of(worker.send(piece(b"tampered", 4, digest))).request == 5
+
+
+@pytest.mark.parametrize("end", ["given up", "freed", "lost"])
+def test_the_rest_of_an_upload_that_has_ended_is_dropped(worker: Worker, end: str) -> None:
+    lane, sent = b"\0lane1234", piece(b"large tensor", 0)
+    worker.send(m.Hello(m.PROTOCOL_VERSION, TOKEN, 10.0, {}, b"c"), lane)
+    assert worker.send(sent, lane) == []
+    arriving = worker.state.sessions[TOKEN].arriving
+    if end == "freed":
+        worker.send(m.Free(((4, 1),)))
+    elif end == "lost":
+        worker.state.handle(Left(lane))
+    else:
+        assert worker.send(sent) == [], "over another connection, from the start"
+        assert arriving[(4, 1)].sender == b"c"
+    assert (end == "given up") is bool(arriving)
+    if end != "lost":
+        assert worker.send(piece(b"large tensor", 4), lane) == []
+    assert worker.send(sent) == worker.send(piece(b"large tensor", 4)) == []
+    assert worker.send(piece(b"large tensor", 8)) == [] and not arriving
+    assert worker.state.sessions[TOKEN].tensors[(4, 1)].content == b"large tensor"
+
+
+@pytest.mark.parametrize("content", [("4", 1, (b"x",), None), (4, 1, (b"x",)), (4, 1, b"x", None),
+                                     (4, 1, (b"x",), 5), 7])
+def test_what_is_not_a_content_is_a_protocol_error(worker: Worker, content: Any) -> None:
+    assert failure_of(worker.send(m.Put((content,)))).kind == "ProtocolError"
 
 
 def test_an_announced_put_with_a_wrong_digest_fails_the_run_that_waits(worker: Worker) -> None:
     worker.run((m.RESIDENT, 4, 1), incoming=((4, 1),))
-    commands = worker.send(m.Put(4, 1, (b"tampered",), hashlib.sha256(b"original").digest()))
+    commands = worker.send(m.Put(((4, 1, (b"tampered",), hashlib.sha256(b"original").digest()),)))
     assert failure_of(commands).request == 5
     assert failure_of(worker.run((m.RESIDENT, 4, 1))).kind == "ProtocolError"
 
@@ -242,7 +331,7 @@ def test_what_waits_for_a_run_that_is_refused_fails_with_it(worker: Worker) -> N
 
 def test_content_is_adopted_by_digest_across_sessions(worker: Worker) -> None:
     digest = hashlib.sha256(b"weights").digest()
-    worker.send(m.Put(4, 1, (b"weights",), digest))
+    worker.send(m.Put(((4, 1, (b"weights",), digest),)))
     worker.hello(OTHER, b"d")
     (reply,) = worker.send(m.Have(8, (digest, b"?" * 32)), b"d")
     assert isinstance(reply, Reply) and isinstance(reply.message, m.Done) and reply.message.info == (True, False)
@@ -300,7 +389,7 @@ def test_an_op_that_raises_is_told_by_its_type(worker: Worker) -> None:
 
 
 def test_a_silent_session_expires_and_frees_what_it_held(worker: Worker) -> None:
-    worker.send(m.Put(4, 0, (b"x",), None))
+    worker.send(m.Put(((4, 0, (b"x",), None),)))
     worker.now_s = 9.0
     worker.send(m.Ping())
     assert worker.state.handle(Tick(18.0)) == [] and TOKEN in worker.state.sessions
@@ -329,7 +418,7 @@ def test_a_message_for_clients_is_refused(worker: Worker) -> None:
 
 def test_resident_arguments_are_remembered_until_one_of_them_is_freed(worker: Worker) -> None:
     worker.load(inputs=(0, 7))
-    worker.send(m.Put(4, 1, (b"w",), None))
+    worker.send(m.Put(((4, 1, (b"w",), None),)))
     run_of(worker.send(m.Run(5, 1, 9, (inline(b"x"), (m.RESIDENT, 4, 1)), (), (), (), 3)))
     run = run_of(worker.send(m.Run(6, 1, 10, (inline(b"y"),), (), (), (), -3)))
     assert run.env[0].content == b"y" and run.env[7].content == b"w"

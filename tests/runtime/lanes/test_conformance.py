@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gc
 import os
+import queue
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ import torch
 
 from genie_dynamo.runtime.lanes.ends import BULK, URGENT, NativeEnd
 from genie_dynamo.runtime.lanes.native import to_own_tensor, to_tensor
-from genie_dynamo.runtime.lanes.transfer import TransferError
+from genie_dynamo.runtime.lanes.transfer import Transfer, TransferError
 from tests.runtime.lanes.ends import KINDS, PORTS, Peer, mapped_segments, native, open_files, why_not
 
 
@@ -142,16 +143,68 @@ def test_cancel_and_close_are_told_apart(peer: Peer) -> None:
 
 def test_a_transfer_is_a_future(peer: Peer) -> None:
     end = NativeEnd(peer.channel, 1.0, 0.0, digest=False)
-    learnt: list[str] = []
+    learnt: queue.Queue[str] = queue.Queue()
     transfer = end.post([b"head", payload(100_000).numpy()])
     assert transfer is not None
-    transfer.add_done_callback(lambda t: learnt.append(t.end))
+    transfer.add_done_callback(lambda t: learnt.put(t.end))
     assert transfer.result(10.0) == 100_004
     assert transfer.done() and transfer.progress() == 1.0
-    assert learnt == ["OK"]
-    transfer.add_done_callback(lambda t: learnt.append("again"))
-    assert learnt == ["OK", "again"]
+    assert learnt.get(timeout=10.0) == "OK"
+    transfer.add_done_callback(lambda t: learnt.put("again"))
+    assert learnt.get_nowait() == "again"
     assert not transfer.cancel()
+
+
+def test_a_callback_comes_though_nobody_asks(peer: Peer, caplog: pytest.LogCaptureFixture) -> None:
+    end = NativeEnd(peer.channel, 1.0, 0.0, digest=False)
+    learnt: queue.Queue[tuple[str, int]] = queue.Queue()
+
+    def chained(first: Transfer) -> None:
+        learnt.put((first.end, first.size_bytes))
+        second = end.post([b"second"])
+        assert second is not None
+        second.add_done_callback(lambda t: learnt.put((t.end, t.size_bytes)))
+        raise RuntimeError("the callback's own bug")
+
+    transfer = end.post([b"head", payload(100_000).numpy()])
+    assert transfer is not None
+    transfer.add_done_callback(chained)
+    assert learnt.get(timeout=10.0) == ("OK", 100_004)
+    assert learnt.get(timeout=10.0) == ("OK", 6), "of one that a callback has posted"
+    assert "the callback's own bug" in caplog.text
+
+
+@not_over_ports
+@pytest.mark.parametrize("peer", ["deaf"], indirect=True)
+def test_callbacks_of_what_ends_badly_come_out_of_order(peer: Peer) -> None:
+    end = NativeEnd(peer.channel, 1.0, 0.0, digest=False)
+    learnt: queue.Queue[tuple[str, str]] = queue.Queue()
+    for name, deadline_s in (("open", 60.0), ("late", 0.1)):
+        transfer = end.post([b"x"], BULK, deadline_s)
+        assert transfer is not None
+        transfer.add_done_callback(lambda t, name=name: learnt.put((name, t.end)))
+    del transfer
+    assert learnt.get(timeout=10.0) == ("late", "TIMEOUT")
+    peer.signal(signal.SIGKILL)
+    assert learnt.get(timeout=10.0) == ("open", "PEER_LOST")
+
+
+@not_over_ports
+@pytest.mark.parametrize("peer", ["deaf"], indirect=True)
+def test_progress_is_what_has_left(kind: str, peer: Peer) -> None:
+    end = NativeEnd(peer.channel, 1.0, 0.0, digest=False)
+    transfer = end.post([payload(64 << 20).numpy()])
+    assert transfer is not None
+    seen = transfer.progress()
+    if kind == "tcp":
+        assert 0.0 < seen < 1.0, "the peer's kernel takes some of it"
+    else:
+        assert seen in (0.0, 1.0), "pages are named at once, or nothing is"
+    waiting = end.post([b"behind it"])
+    assert waiting is not None
+    assert kind != "tcp" or waiting.progress() == 0.0
+    assert transfer.cancel()
+    assert transfer.done() and transfer.progress() == 0.0
 
 
 def test_threads_that_wait_for_one_future_all_learn_its_end(peer: Peer) -> None:
@@ -160,8 +213,8 @@ def test_threads_that_wait_for_one_future_all_learn_its_end(peer: Peer) -> None:
         transfer = end.post([b"head", payload(1000).numpy()])
         assert transfer is not None
         learnt: list[int] = []
-        called: list[str] = []
-        transfer.add_done_callback(lambda t, called=called: called.append(t.end))
+        called: queue.Queue[str] = queue.Queue()
+        transfer.add_done_callback(lambda t, called=called: called.put(t.end))
         threads = [threading.Thread(target=lambda t=transfer, learnt=learnt: learnt.append(t.result(10.0)))
                    for _ in range(3)]
         for thread in threads:
@@ -169,7 +222,8 @@ def test_threads_that_wait_for_one_future_all_learn_its_end(peer: Peer) -> None:
         for thread in threads:
             thread.join()
         assert learnt == [1004] * 3
-        assert called == ["OK"]
+        assert called.get(timeout=10.0) == "OK"
+        assert called.empty()
 
 
 def test_a_message_of_more_buffers_than_a_lane_names_arrives(peer: Peer) -> None:
