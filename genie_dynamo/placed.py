@@ -23,7 +23,7 @@ from genie_dynamo.core.hardware import LinkFacts
 from genie_dynamo.parts import Parts, rows_for_backward
 from genie_dynamo.passes.costs.symbols import SymbolBinding
 from genie_dynamo.passes.crossing import crossed
-from genie_dynamo.passes.drift import Drift
+from genie_dynamo.passes.drift import Drift, Membership
 from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.following import Homes, follow
 from genie_dynamo.passes.held import Held, held_inputs
@@ -70,7 +70,7 @@ class PlacedGraph:
         self._anywhere = self._current = anywhere
         self._key: Any = None
         self._symbols = SymbolBinding(gm)
-        self._drift = Drift(time.monotonic)
+        self._drift, self._membership = Drift(time.monotonic), Membership(time.monotonic)
         self._found: Partition | None = None
         self._priced_with: worker_facts.Facts | None = None
         self._unpriced = config.policy == "min_cost"      # whether prices are still to be looked for
@@ -241,6 +241,8 @@ class PlacedGraph:
             return
         if not set(self._workers) <= {link.name for link in session.links if not link.lost}:
             self._make_whole()
+        if not again and not self._membership.settled(key):
+            return                  # the present plan goes on: a new incarnation takes its part over
         facts = worker_facts.facts_of(session)
         if facts is None:
             return
