@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from genie_dynamo.passes.drift import Drift, Membership
 from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.following import Homes, follow
 from genie_dynamo.passes.held import Held, held_inputs
-from genie_dynamo.passes.partition import Partition, WorkerFacts, check_prices, partition
+from genie_dynamo.passes.partition import Partition, WorkerFacts, check_prices, partition, price
 from genie_dynamo.passes.pipelining import pipeline_partition
 from genie_dynamo.passes.placement.interfaces import Limits
 from genie_dynamo.passes.planning import Assign
@@ -79,6 +80,7 @@ class PlacedGraph:
         self._sizes_seen: set[tuple[tuple[str, int], ...]] = set()
         self._over = gm                                   # what `current` runs
         self._num_results = len(anywhere.plan.outputs)
+        self._learnt = False                              # what whole fragments take, since it was planned
         self._follows: object = None                      # of a backward: the forward whose copies `current` takes
         self._asked_backward: fx.GraphModule | None = None            # of a forward: the backward it was planned for
         if facts.kind == "backward":
@@ -106,6 +108,30 @@ class PlacedGraph:
         self.observed = True
         seen, self._sizes_seen = self._sizes_seen, set()
         return dict(next(iter(seen))) if len(seen) == 1 else None
+
+    @property
+    def as_a_whole(self) -> bool:
+        """Whether workers run fragments as one piece of code, whose ops cannot be timed."""
+        return self._config.worker_compiler == "inductor"
+
+    def learn(self, seconds: Mapping[str, float], facts: worker_facts.Facts) -> None:
+        """What the fragments of each worker take as a whole: estimates of this graph there are corrected by it.
+
+        Raises: CostError.
+        """
+        costs, _ = price(self._over, self.facts, facts.workers, facts.lanes, self.symbol_values)
+        est_s = {node.id: node.seconds for node in costs.nodes}
+        plan = self._current.plan
+        ratios: dict[str, float] = {}
+        for name, measured_s in seconds.items():
+            mine = [f for f in plan.fragments if plan.num_workers == 1 or self.workers[f.worker] == name]
+            whole_s = sum(est_s[n].get(name) or 0.0 for f in mine for n in f.node_names if n in est_s)
+            if whole_s > 0:
+                ratios[name] = measured_s / whole_s
+        for worker in facts.workers if ratios else ():
+            # What the compiler wins it wins elsewhere too: a worker that has not run it is no slower for that.
+            self._drift.learn(worker.name, ratios.get(worker.name, statistics.median(ratios.values())))
+        self._learnt = bool(ratios)
 
     @property
     def current(self) -> RemoteGraph:
@@ -237,7 +263,8 @@ class PlacedGraph:
         again = key == self._key
         if again and self._found is not None and self._homes.backward is not self._asked_backward:
             self._settle_backward()
-        if again and not (self._found is not None and self._drift.due()):
+        learnt, self._learnt = self._learnt, False
+        if again and not (self._found is not None and (learnt or self._drift.due())):
             return
         if not set(self._workers) <= {link.name for link in session.links if not link.lost}:
             self._make_whole()

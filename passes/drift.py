@@ -64,6 +64,12 @@ class Drift:
                     seen = self._seen[worker] = deque(maxlen=CALLS)
                 seen.append(seconds)
 
+    def learn(self, worker: str, slowness: float) -> None:
+        """What this graph takes on a worker, as a multiple of what is estimated without corrections."""
+        if worker in self._est_s:
+            self._est_s[worker] *= slowness / self.slowness.get(worker, 1.0)
+        self.slowness[worker] = slowness
+
     def ratios(self) -> dict[str, float]:
         """Measured over estimated by worker, where enough calls were seen."""
         return {worker: statistics.median(seen) / self._est_s[worker]
