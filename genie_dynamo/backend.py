@@ -35,13 +35,14 @@ from genie_dynamo.fused import remote_call
 from genie_dynamo.partitioning import partition_fn
 from genie_dynamo.parts import Parts
 from genie_dynamo.passes.facts import GraphFacts, read_facts, read_guards
+from genie_dynamo.passes.following import Homes
 from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
 from genie_dynamo.passes.pipeline import run_pipeline
 from genie_dynamo.passes.planning import Assign, plan_graph
 from genie_dynamo.passes.rows.split import SplitGraph
 from genie_dynamo.passes.semantics.carry import carry_over
 from genie_dynamo.passes.specialize import symbolic_batch
-from genie_dynamo.placed import Homes, PlacedGraph
+from genie_dynamo.placed import PlacedGraph
 from genie_dynamo.runtime.client import stale
 from genie_dynamo.runtime.client.attempt import GraphInfo
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph, materialize
@@ -172,9 +173,12 @@ def _boxed(gm: fx.GraphModule, kind: str) -> Callable[[list[Any]], Any]:
 
     def run(args: list[Any]) -> Any:
         stale.bring_home()
-        values = materialize(args, sessions.session) if kind == "backward" else list(args)
+        values = materialize(args[:num_inputs], sessions.session) if kind == "backward" else list(args)
         args.clear()
         return gm.forward(*values)
+
+    # What runs on workers in place of a backward may take copies of activations besides.
+    num_inputs = sum(node.op == "placeholder" for node in gm.graph.nodes)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run

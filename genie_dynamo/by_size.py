@@ -13,8 +13,8 @@ from torch import fx
 
 from genie_dynamo.core.errors import UnsupportedGraphError
 from genie_dynamo.passes.costs.symbols import SymbolBinding
+from genie_dynamo.passes.following import Homes
 from genie_dynamo.passes.specialize import specialize
-from genie_dynamo.placed import Homes
 
 log = logging.getLogger(__name__)
 

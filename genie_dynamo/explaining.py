@@ -17,7 +17,7 @@ from genie_dynamo import backend, sessions, worker_facts
 from genie_dynamo.core.errors import CostError, PlacementError, SessionError
 from genie_dynamo.core.placement import Placement
 from genie_dynamo.core.plan import Fragment, Plan
-from genie_dynamo.explanation import Explanation, FragmentRow, GraphPlan, Span
+from genie_dynamo.explanation import CrossingRow, Explanation, FragmentRow, GraphPlan, Span
 from genie_dynamo.passes.costs.sizes import hinted_bytes
 from genie_dynamo.passes.partition import Partition
 from genie_dynamo.passes.semantics.carry import marked
@@ -131,18 +131,16 @@ def _explain(graph: PlacedGraph, facts: worker_facts.Facts, session: Session) ->
         partition = graph.found or graph.price(facts)
     except (CostError, PlacementError) as error:
         unpriced = str(error)
-    names = _worker_names(plan, partition, measured)
+    names = _worker_names(plan, graph.workers, measured)
     estimates = partition.seconds if partition is not None else {}
     region_of = {name: node_id for region in (semantics.regions if semantics else ())
                  for name in region.nodes for node_id in (region.region_id,)}
     by_worker: dict[int, float] = {}
     for fragment in plan.fragments:
         by_worker[fragment.worker] = by_worker.get(fragment.worker, 0.0) + _sum(estimates, fragment.node_names)
-    over = graph.gm
     if partition is not None:
-        over = partition.over(graph.gm)
         region_of.update((name, region_of[origin]) for name, origin in partition.origin.items() if origin in region_of)
-    rows = tuple(_row(over, plan, fragment, names, estimates, partition, region_of,
+    rows = tuple(_row(graph.over, plan, fragment, names, estimates, partition, region_of,
                       _share(measured.get(names[fragment.worker]), _sum(estimates, fragment.node_names),
                              by_worker[fragment.worker])) for fragment in plan.fragments)
     return GraphPlan(
@@ -150,12 +148,19 @@ def _explain(graph: PlacedGraph, facts: worker_facts.Facts, session: Session) ->
         phase=semantics.phase if semantics else graph.facts.kind, est_s=partition.est_s if partition else 0.0,
         measured_s=max(measured.values(), default=None), fragments=rows,
         alternatives=partition.alternatives if partition else (), timeline=_timeline(plan, names, estimates, partition),
-        unpriced=unpriced)
+        crossings=_crossings(partition), unpriced=unpriced)
 
 
-def _worker_names(plan: Plan, partition: Partition | None, measured: Mapping[str, float]) -> list[str]:
-    if partition is not None and len(partition.workers) == plan.num_workers > 1:
-        return list(partition.workers)
+def _crossings(partition: Partition | None) -> tuple[CrossingRow, ...]:
+    if partition is None or partition.crossings is None:
+        return ()
+    return tuple(CrossingRow(value=d.name, worker=partition.workers[d.worker], how=d.how, size_bytes=d.size_bytes,
+                             move_s=d.move_s, again_s=d.again_s) for d in partition.crossings.decisions)
+
+
+def _worker_names(plan: Plan, workers: Sequence[str], measured: Mapping[str, float]) -> list[str]:
+    if len(workers) == plan.num_workers > 1:
+        return list(workers)
     return [*measured, *(f"worker {n}" for n in range(len(measured), plan.num_workers))]
 
 

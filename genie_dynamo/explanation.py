@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from genie_dynamo.passes.kept import How
 from genie_dynamo.passes.partition import Alternative
 
 SCHEMA_VERSION = 1
@@ -47,6 +48,33 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CrossingRow:
+    """A value of a forward that its backward reads on another worker than that which made it.
+
+    how      "kept": that worker had it in the forward and keeps it; "moved": it is sent there for the backward;
+             "again": the backward computes it there
+    move_s   seconds of sending it, 0 where it is there anyway
+    again_s  of computing it there with what that needs and is not there anyway; None where it must not be
+    """
+
+    value: str
+    worker: str
+    how: How
+    size_bytes: int
+    move_s: float
+    again_s: float | None
+
+    def __str__(self) -> str:
+        again = "not to be computed twice" if self.again_s is None else f"computing it again takes {_ms(self.again_s)}"
+        move = f"moving it takes {_ms(self.move_s)}" if self.move_s else "the forward has it there"
+        return (f"{self.value} ({_size(self.size_bytes)}), read by the backward on {self.worker}: "
+                f"{_HOW[self.how]}; {move}, {again}")
+
+
+_HOW = {"kept": "kept there", "moved": "sent there by the forward", "again": "computed again there"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GraphPlan:
     """One graph: its fragments, and how else it could have been placed."""
 
@@ -59,6 +87,7 @@ class GraphPlan:
     fragments: tuple[FragmentRow, ...]
     alternatives: tuple[Alternative, ...]
     timeline: tuple[Span, ...]
+    crossings: tuple[CrossingRow, ...] = ()
     unpriced: str = ""               # why there are no estimates
 
     def __str__(self) -> str:
@@ -72,6 +101,7 @@ class GraphPlan:
                                            for k, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
                           for row in rows]
         lines += [f"  fragment {f.fragment} on {f.worker}: {f.why}" for f in self.fragments]
+        lines += [f"  {row}" for row in self.crossings]
         if self.unpriced:
             lines.append(f"  no estimates: {self.unpriced}")
         if self.alternatives:
@@ -135,12 +165,14 @@ def _section(graph: GraphPlan) -> str:
     options = "".join(
         f"<li class={'chosen' if a.chosen else 'rejected'}>{html.escape(a.name)}: {_ms(a.est_s)}"
         f"{' (' + html.escape(a.reason) + ')' if a.reason else ''}</li>" for a in graph.alternatives)
+    crossings = "".join(f"<li>{html.escape(str(row))}</li>" for row in graph.crossings)
+    crossings = f"<h3>Between forward and backward</h3><ul>{crossings}</ul>" if crossings else ""
     unpriced = f"<p>No estimates: {html.escape(graph.unpriced)}</p>" if graph.unpriced else ""
     return (f"<section><h2>{html.escape(graph.label)}</h2>"
             f"<p>{html.escape(graph.workload)}, {html.escape(graph.phase)}; estimated {_ms(graph.est_s)}, "
             f"measured {_ms(graph.measured_s)}</p>{unpriced}{_timeline(graph)}<table>"
             "<tr><th>fragment<th>worker<th>nodes<th>estimated<th>measured<th>in<th>out<th>memory"
-            f"<th class=left>regions<th class=left>why here</tr>{rows}</table>"
+            f"<th class=left>regions<th class=left>why here</tr>{rows}</table>{crossings}"
             f"<h3>Considered</h3><ul>{options}</ul></section>")
 
 

@@ -5,14 +5,17 @@
 
 All of it happens in a thread of its own. A call is not touched: the worker puts timed steps in a plan's place for five
 runs (runtime/step_times.py), and this thread fetches what they took. A graph is timed once on each worker, and again
-where it was placed anew.
+where it was placed anew. Inductor's code has no ops to time: there the fragments of a worker are timed as a whole, and
+correct the estimates of their own graph alone.
 """
 from __future__ import annotations
 
 import logging
+import statistics
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from genie_dynamo import worker_facts
@@ -31,6 +34,9 @@ log = logging.getLogger(__name__)
 WAITS_S = (2.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 """Pauses between two looks at a graph that has not run since; after the last one it is given up."""
 
+LOOKS = 3
+"""Looks whose median counts, where fragments are timed as a whole."""
+
 MAX_NODES = 50_000
 """Larger graphs are not timed: what is asked of a worker has to be quick to say."""
 
@@ -44,7 +50,12 @@ class Observed(Protocol):
     @property
     def over(self) -> fx.GraphModule: ...
 
+    @property
+    def as_a_whole(self) -> bool: ...
+
     def sizes(self) -> dict[str, int] | None: ...
+
+    def learn(self, seconds: Mapping[str, float], facts: worker_facts.Facts) -> None: ...
 
 
 class _Watch:
@@ -93,6 +104,28 @@ def _follow(watch: _Watch) -> None:
         del session, graphs
 
 
+_whole_seconds: weakref.WeakKeyDictionary[RemoteGraph, list[dict[str, float]]] = weakref.WeakKeyDictionary()
+
+
+def _look_at_whole(session: Session, graph: Observed, facts: worker_facts.Facts) -> bool:
+    """Note what the last call took on each worker; after LOOKS looks the medians correct the graph's estimates."""
+    found = graph.current.measured_s(session)
+    seen = _whole_seconds.setdefault(graph.current, [])
+    if found and found not in seen:              # it has run since the last look
+        seen.append(found)
+    if len(seen) <= LOOKS:
+        return False
+    del seen[0]                                  # the first call may have waited for the compiler
+    workers = {name for each in seen for name in each}
+    try:
+        graph.learn({name: statistics.median(each[name] for each in seen if name in each) for name in workers}, facts)
+    except CostError as error:
+        log.info("whole fragments cannot be compared with estimates: %s", error)
+        return True
+    session.telemetry.event("fragments timed")
+    return True
+
+
 def look(session: Session, graph: Observed) -> bool:
     """Fetch what a graph's nodes took since the last look, and have the next runs timed.
 
@@ -100,6 +133,8 @@ def look(session: Session, graph: Observed) -> bool:
     """
     facts = worker_facts.facts_of(session)
     sizes = graph.sizes()
+    if graph.as_a_whole:
+        return facts is not None and sizes is not None and _look_at_whole(session, graph, facts)
     try:
         asked = graph.current.node_seconds(session)
     except GenieError as error:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import operator
+import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,20 +19,16 @@ from torch import fx
 
 from genie_dynamo import observing, worker_facts
 from genie_dynamo.core.config import Config
-from genie_dynamo.core.errors import (
-    CostError,
-    PlacementError,
-    PlanError,
-    UnsupportedGraphError,
-    WorkerLostError,
-)
+from genie_dynamo.core.errors import CostError, PlacementError, PlanError, UnsupportedGraphError, WorkerLostError
+from genie_dynamo.core.hardware import LinkFacts
 from genie_dynamo.parts import Parts, rows_for_backward
-from genie_dynamo.passes.costs.sizes import hinted_bytes
 from genie_dynamo.passes.costs.symbols import SymbolBinding
-from genie_dynamo.passes.drift import Drift
+from genie_dynamo.passes.crossing import crossed
+from genie_dynamo.passes.drift import Drift, Membership
 from genie_dynamo.passes.facts import GraphFacts
+from genie_dynamo.passes.following import Homes, follow
 from genie_dynamo.passes.held import Held, held_inputs
-from genie_dynamo.passes.partition import Partition, check_prices, partition
+from genie_dynamo.passes.partition import Partition, WorkerFacts, check_prices, partition, price
 from genie_dynamo.passes.pipelining import pipeline_partition
 from genie_dynamo.passes.placement.interfaces import Limits
 from genie_dynamo.passes.planning import Assign
@@ -40,6 +36,7 @@ from genie_dynamo.passes.rows.split import SplitGraph
 from genie_dynamo.passes.semantics.carry import marked
 from genie_dynamo.placing import no_long_pauses, planner
 from genie_dynamo.runtime.client.remote_graph import RemoteGraph
+from genie_dynamo.runtime.client.saved import beside, keep_beside
 from genie_dynamo.runtime.client.session import Session
 
 log = logging.getLogger(__name__)
@@ -49,16 +46,6 @@ TIME_LIMIT_S: float | None = 0.5
 
 Build = Callable[[fx.GraphModule, Assign, Sequence[str], SplitGraph | None], RemoteGraph]
 """`build(graph, node -> worker, names of workers, parts of the batch that the graph is over)`."""
-
-
-@dataclass(slots=True)
-class Homes:
-    """Where the values of a forward graph are made: what its backward graph goes by."""
-
-    workers: tuple[str, ...] = ()
-    of_value: Mapping[str, int] = field(default_factory=dict)
-    of_op: Mapping[int, int] = field(default_factory=dict)     # autograd's number of an op -> worker; empty: unaware
-    rows: Mapping[str, int] = field(default_factory=dict)      # value -> dim of its rows, where the batch is cut
 
 
 class PlacedGraph:
@@ -84,13 +71,20 @@ class PlacedGraph:
         self._anywhere = self._current = anywhere
         self._key: Any = None
         self._symbols = SymbolBinding(gm)
-        self._drift = Drift(time.monotonic)
+        self._drift, self._membership = Drift(time.monotonic), Membership(time.monotonic)
         self._found: Partition | None = None
         self._priced_with: worker_facts.Facts | None = None
         self._unpriced = config.policy == "min_cost"      # whether prices are still to be looked for
         self._unwatched = config.observe and not self._symbols.names     # with one worker; placing watches with several
         self._held: Held | None = None                    # where the state of the call lay that was priced
         self._sizes_seen: set[tuple[tuple[str, int], ...]] = set()
+        self._over = gm                                   # what `current` runs
+        self._num_results = len(anywhere.plan.outputs)
+        self._learnt = False                              # what whole fragments take, since it was planned
+        self._follows: object = None                      # of a backward: the forward whose copies `current` takes
+        self._asked_backward: fx.GraphModule | None = None            # of a forward: the backward it was planned for
+        if facts.kind == "backward":
+            homes.backward = gm
 
     @property
     def found(self) -> Partition | None:
@@ -99,8 +93,13 @@ class PlacedGraph:
 
     @property
     def over(self) -> fx.GraphModule:
-        """The graph that `current` runs: this one, or what a partition runs in its place."""
-        return self.gm if self._found is None else self._found.over(self.gm)
+        """The graph that `current` runs: this one, or what runs in its place."""
+        return self._over
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Names of those that `current` needs; none where any one will do."""
+        return self._workers
 
     def sizes(self) -> dict[str, int] | None:
         """Values of the symbols in all calls since this was last asked; None where they differed, or are unknown."""
@@ -109,6 +108,30 @@ class PlacedGraph:
         self.observed = True
         seen, self._sizes_seen = self._sizes_seen, set()
         return dict(next(iter(seen))) if len(seen) == 1 else None
+
+    @property
+    def as_a_whole(self) -> bool:
+        """Whether workers run fragments as one piece of code, whose ops cannot be timed."""
+        return self._config.worker_compiler == "inductor"
+
+    def learn(self, seconds: Mapping[str, float], facts: worker_facts.Facts) -> None:
+        """What the fragments of each worker take as a whole: estimates of this graph there are corrected by it.
+
+        Raises: CostError.
+        """
+        costs, _ = price(self._over, self.facts, facts.workers, facts.lanes, self.symbol_values)
+        est_s = {node.id: node.seconds for node in costs.nodes}
+        plan = self._current.plan
+        ratios: dict[str, float] = {}
+        for name, measured_s in seconds.items():
+            mine = [f for f in plan.fragments if plan.num_workers == 1 or self.workers[f.worker] == name]
+            whole_s = sum(est_s[n].get(name) or 0.0 for f in mine for n in f.node_names if n in est_s)
+            if whole_s > 0:
+                ratios[name] = measured_s / whole_s
+        for worker in facts.workers if ratios else ():
+            # What the compiler wins it wins elsewhere too: a worker that has not run it is no slower for that.
+            self._drift.learn(worker.name, ratios.get(worker.name, statistics.median(ratios.values())))
+        self._learnt = bool(ratios)
 
     @property
     def current(self) -> RemoteGraph:
@@ -132,16 +155,17 @@ class PlacedGraph:
             if len(self._sizes_seen) < 2:
                 self._sizes_seen.add(tuple(self.symbol_values.items()))
         if self.facts.kind == "backward":
-            return self._current(args)
+            return self._run_backward(args)
         if self._found is None or self.symbol_values:
             # What a call of other sizes takes says nothing of the estimate.
-            return self._current(args)
+            current = self._current
+            return self._results(current, current(args))
         current = self._current
         values = list(args) if current is not self._anywhere else []
         try:
             outputs = current(args)
             self._drift.observe(current.measured_s(session))
-            return outputs
+            return self._results(current, outputs)
         except WorkerLostError as error:
             # One worker of the cut is gone and was not replaced: the others can run the graph whole.
             if self._config.on_worker_loss == "error" or current is self._anywhere:
@@ -150,14 +174,44 @@ class PlacedGraph:
             self._make_whole()
             return self._current(values)
 
+    def _results(self, current: RemoteGraph, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the caller gets. Copies of activations, which come after it, live as long as the activations."""
+        if len(outputs) > self._num_results:
+            keep_beside(outputs[:self._num_results], current, outputs[self._num_results:])
+            return outputs[:self._num_results]
+        return outputs
+
+    def _run_backward(self, args: list[Any]) -> tuple[Any, ...]:
+        current, follows = self._current, self._follows
+        if follows is None:
+            return current(args)
+        copies = beside(args, follows)
+        if copies is None:
+            # Of a forward under another plan, or one whose activations came here: it reads them where they are.
+            return self._anywhere(args)
+        args.extend(copies)
+        return current(args)
+
     def refused(self, reason: str) -> None:
         """Count a call whose batch was to be cut and was not."""
         self._get_session().telemetry.event(f"microbatches not used: {reason}")
 
+    def _settle_backward(self) -> None:
+        """The backward was compiled after the forward was cut: what it reads elsewhere is decided now."""
+        facts, found = self._priced_with, self._found
+        assert facts is not None and found is not None
+        try:
+            found = self._crossed(found, self._corrected(facts), facts.lanes)
+            if found.crossings is not None:
+                self._settle(found)
+                self._found = found
+        except (CostError, PlanError, UnsupportedGraphError) as error:
+            log.info("%s: what its backward reads on another worker comes through the client: %s", self.label, error)
+
     def _make_whole(self) -> None:
         self._found = None
-        self._current, self._workers = self._anywhere, ()
-        self._homes.workers, self._homes.of_value, self._homes.of_op, self._homes.rows = (), {}, {}, {}
+        self._current, self._workers, self._over = self._anywhere, (), self.gm
+        self._homes.clear()
 
     def price(self, facts: worker_facts.Facts) -> Partition:
         """What placement says of this graph for the sizes of the last observed call.
@@ -169,16 +223,28 @@ class PlacedGraph:
             self._drift.slowness.clear()
         self._priced_with = facts
         limits = Limits(time_limit_s=TIME_LIMIT_S, latency_bound_s=self._config.latency_bound_s)
-        slowness = self._drift.slowness
-        workers = [replace(w, slowness=slowness.get(w.name, 1.0)) for w in facts.workers]
+        workers = self._corrected(facts)
         with no_long_pauses(TIME_LIMIT_S):
             if self.parts.split is not None:
                 return pipeline_partition(self.gm, self.facts, self.parts.split, workers, facts.lanes,
                                           self._config.policy, planner(), limits,
                                           aware=self._config.awareness == "full")
-            return partition(self.gm, self.facts, workers, facts.lanes, self._config.policy,
-                             planner(), limits, aware=self._config.awareness == "full",
-                             symbol_values=self.symbol_values, held=self._held)
+            found = partition(self.gm, self.facts, workers, facts.lanes, self._config.policy,
+                              planner(), limits, aware=self._config.awareness == "full",
+                              symbol_values=self.symbol_values, held=self._held)
+            return self._crossed(found, workers, facts.lanes)
+
+    def _corrected(self, facts: worker_facts.Facts) -> list[WorkerFacts]:
+        """The workers with what was measured of this graph."""
+        return [replace(w, slowness=self._drift.slowness.get(w.name, 1.0)) for w in facts.workers]
+
+    def _crossed(self, found: Partition, workers: Sequence[WorkerFacts], lanes: Sequence[LinkFacts]) -> Partition:
+        """The placement with what the backward reads elsewhere brought there, where the backward is known."""
+        backward = self._asked_backward = self._homes.backward
+        if (self.facts.kind != "forward" or backward is None or len(found.workers) < 2 or found.split is not None
+                or self._config.awareness != "full"):
+            return found
+        return crossed(found, self.gm, self.facts, backward, workers, lanes, self.symbol_values)
 
     def _place(self, session: Session, args: Sequence[Any]) -> None:
         if self._unpriced:
@@ -195,10 +261,15 @@ class PlacedGraph:
             return
         key = worker_facts.incarnations(session)
         again = key == self._key
-        if again and not (self._found is not None and self._drift.due()):
+        if again and self._found is not None and self._homes.backward is not self._asked_backward:
+            self._settle_backward()
+        learnt, self._learnt = self._learnt, False
+        if again and not (self._found is not None and (learnt or self._drift.due())):
             return
         if not set(self._workers) <= {link.name for link in session.links if not link.lost}:
             self._make_whole()
+        if not again and not self._membership.settled(key):
+            return                  # the present plan goes on: a new incarnation takes its part over
         facts = worker_facts.facts_of(session)
         if facts is None:
             return
@@ -274,13 +345,11 @@ class PlacedGraph:
             cut = self._build(found.over(self.gm), lambda node: found.assign.get(node.name, 0), found.workers,
                               found.split)
             log.info("%s is cut over %s: %.3g ms estimated", self.label, ", ".join(found.workers), found.est_s * 1e3)
-            self._current, self._workers = cut, found.workers
-            kept = found.twice.kept if found.twice is not None else {}
-            self._homes.workers, self._homes.of_value = found.workers, {**found.assign, **kept}
-            aware = self._config.awareness == "full"
-            self._homes.of_op = {node.meta["seq_nr"]: found.assign[node.name] for node in self.gm.graph.nodes
-                                 if "seq_nr" in node.meta and node.name in found.assign} if aware else {}
-            self._homes.rows = {} if found.split is None else rows_for_backward(found.split, self.facts)
+            self._current, self._workers, self._over = cut, found.workers, found.over(self.gm)
+            self._homes.settle(found, self.gm, aware=self._config.awareness == "full")
+            self._homes.forward = cut
+            if found.split is not None:
+                self._homes.rows = rows_for_backward(found.split, self.facts)
             return
         self._make_whole()
         if found.pinned:
@@ -288,43 +357,22 @@ class PlacedGraph:
 
     def _follow(self) -> None:
         """A backward graph runs where the activations are that it reads."""
+        self._follows, self._over, self._workers = None, self.gm, self._homes.workers
         if len(self._homes.workers) < 2:
             self._current = self._anywhere
             return
-        assign = {node.name: worker for node, worker in _follow(self.gm, self._homes).items()}
+        found = self._homes.found
+        if found is not None and found.crossings is not None:
+            assign: Mapping[str, int] = found.crossings.assign
+            self._current = self._build(found.crossings.backward, lambda node: assign[node.name], self._homes.workers,
+                                        None)
+            self._over, self._follows = found.crossings.backward, self._homes.forward
+            return
+        assign = follow(self.gm, self._homes)
         split = self.parts.of_backward(self.gm, self.facts, self._homes.rows, self._config.microbatches)
         if split is None:
             self._current = self._build(self.gm, lambda node: assign[node.name], self._homes.workers, None)
             return
         origin = split.origin
         self._current = self._build(split.gm, lambda node: assign[origin[node.name]], self._homes.workers, split)
-
-
-def _follow(gm: fx.GraphModule, homes: Homes) -> dict[fx.Node, int]:
-    """Each node where most bytes of what it reads are, else with the op of the forward that it differentiates.
-
-    An activation that is read elsewhere goes through the client, so it counts twice. What reads nothing with a home
-    goes to the first worker. A tuple's elements are taken where it is made.
-    """
-    chosen: dict[fx.Node, int] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            if node.name in homes.of_value:
-                chosen[node] = homes.of_value[node.name]
-            continue
-        if node.target is operator.getitem and node.all_input_nodes[0] in chosen:
-            chosen[node] = chosen[node.all_input_nodes[0]]
-            continue
-        home = homes.of_op.get(node.meta.get("seq_nr", -1), 0)
-        weight: dict[int, float] = {home: 0.0}
-        for source in node.all_input_nodes:
-            if source in chosen:
-                moved = _bytes(source) * (2 if source.op == "placeholder" else 1)
-                weight[chosen[source]] = weight.get(chosen[source], 0.0) + moved
-        chosen[node] = max(weight, key=lambda worker: (weight[worker], worker == home, -worker))
-    return chosen
-
-
-def _bytes(node: fx.Node) -> float:
-    value = node.meta.get("val")
-    return float(hinted_bytes(value) + 1) if isinstance(value, torch.Tensor) else 1.0
+        self._over = split.gm

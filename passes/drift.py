@@ -5,7 +5,7 @@
 
 Flapping is damped three ways: a plan is judged by the median of several calls; a new plan has to be better by a margin
 under the corrected costs; and after every change the next look comes later, twice as late each time, until a
-plan has held for as long as that. Pure: the clock is passed in.
+plan has held for as long as that. Workers that come and go are damped in the same way. Pure: the clock is passed in.
 """
 from __future__ import annotations
 
@@ -64,6 +64,12 @@ class Drift:
                     seen = self._seen[worker] = deque(maxlen=CALLS)
                 seen.append(seconds)
 
+    def learn(self, worker: str, slowness: float) -> None:
+        """What this graph takes on a worker, as a multiple of what is estimated without corrections."""
+        if worker in self._est_s:
+            self._est_s[worker] *= slowness / self.slowness.get(worker, 1.0)
+        self.slowness[worker] = slowness
+
     def ratios(self) -> dict[str, float]:
         """Measured over estimated by worker, where enough calls were seen."""
         return {worker: statistics.median(seen) / self._est_s[worker]
@@ -89,3 +95,29 @@ class Drift:
         """What the present plan takes by what was measured, `est_s` being its estimate."""
         ratios = self.ratios()
         return est_s * max(ratios.values(), default=1.0)
+
+
+class Membership:
+    """The workers of one session, as one graph is planned for them: what comes and goes is planned with ever later.
+
+    The first change is followed at once. A worker that restarts all the time would have every graph planned and loaded
+    again each time: each further change doubles the wait for the next plan, until nothing has changed for four waits.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._key: object = None
+        self._wait_s = 0.0
+        self._changed_s = self._not_before_s = clock()
+
+    def settled(self, key: object) -> bool:
+        """Whether it is time to plan for these workers, which may be others than at the last look."""
+        now_s = self._clock()
+        if key != self._key:
+            if self._key is not None:
+                often = self._wait_s and now_s - self._changed_s < 4 * self._wait_s
+                self._not_before_s = now_s + (self._wait_s if often else 0.0)
+                self._wait_s = min(2 * self._wait_s, MAX_WAIT_S) if often else FIRST_WAIT_S
+                self._changed_s = now_s
+            self._key = key
+        return now_s >= self._not_before_s

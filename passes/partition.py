@@ -25,6 +25,7 @@ from genie_dynamo.passes.costs.fit import CostFit
 from genie_dynamo.passes.costs.shipped import shipped_fit
 from genie_dynamo.passes.facts import GraphFacts
 from genie_dynamo.passes.held import Held, with_held
+from genie_dynamo.passes.kept import Crossings
 from genie_dynamo.passes.placement.interfaces import Limits, PlacementStrategy
 from genie_dynamo.passes.placement.problem import build_problem
 from genie_dynamo.passes.placement.timeline import Timeline
@@ -83,6 +84,7 @@ class Partition:
     pinned: bool                             # whole, but not every worker will do: some cannot, or are much slower
     split: SplitGraph | None = None          # the graph over parts of its batch, which `assign` speaks of too
     twice: Rewritten | None = None           # the graph with ops applied on several workers, of which it speaks too
+    crossings: Crossings | None = None       # of a forward: what its backward reads elsewhere
 
     def over(self, gm: fx.GraphModule) -> fx.GraphModule:
         """What runs in place of the graph: over parts of its batch, with ops applied twice, or itself."""

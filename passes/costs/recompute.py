@@ -75,9 +75,8 @@ def values_to_recompute(nodes: Collection[fx.Node], needed: Collection[fx.Node],
 class CostPartition:
     """AOTAutograd's partition function: what the backward recomputes is decided by seconds.
 
-    keep_s_per_byte   what a byte kept from forward to backward costs: 0 on the worker that runs both and has room;
-                      for a backward elsewhere, see `link`
-    link              the way to the worker that runs the backward, where it is another one
+    keep_s_per_byte   what a byte kept from forward to backward costs: 0 on the worker that runs both and has room.
+                      What a backward on another worker reads is decided when both are placed (passes/crossing.py)
     budget_bytes      bytes that may be kept at most, where they can be: the price of a byte is then raised until the
                       kept ones fit. Values that cannot be computed again are kept all the same.
     """
@@ -85,7 +84,6 @@ class CostPartition:
     hardware: HardwareFacts
     fit: CostFit | None = None
     keep_s_per_byte: float = 0.0
-    link: LinkFacts | None = None
     budget_bytes: int | None = None
     symbol_values: Mapping[str, int] | None = None
 
@@ -99,14 +97,13 @@ class CostPartition:
 
     def recomputed(self, joint: fx.GraphModule) -> frozenset[fx.Node]:
         """Forward nodes that the backward computes again. None where the graph has its own checkpoints or writes."""
-        if any("recompute" in node.meta or _writes(node) for node in joint.graph.nodes):
+        if any("recompute" in node.meta or writes_to_arguments(node) for node in joint.graph.nodes):
             return frozenset()
         costs = analyze_costs(joint)
         seconds = node_seconds(costs, self.hardware, self.symbol_values, fit=self.fit)
-        kept_bytes = _bytes(joint, costs, self.symbol_values)
+        kept_bytes = tensor_bytes(joint, costs, self.symbol_values)
         forward = _forward_nodes(joint)
         needed = [node for node in forward if any(user not in forward and user.op != "output" for user in node.users)]
-        extra = self.link.bytes_per_s ** -1 if self.link is not None else 0.0
 
         def choose(price: float) -> frozenset[fx.Node]:
             def bring(node: fx.Node) -> float:
@@ -115,9 +112,9 @@ class CostPartition:
                 return kept_bytes[node] * price if node in kept_bytes else NEVER
 
             return values_to_recompute(
-                forward, needed, bring, lambda node: seconds[node.name] if _may_run_again(node) else NEVER)
+                forward, needed, bring, lambda node: seconds[node.name] if may_run_again(node) else NEVER)
 
-        price = self.keep_s_per_byte + extra
+        price = self.keep_s_per_byte
         if self.budget_bytes is None:
             return choose(price)
         return _within(self.budget_bytes, choose, price, lambda again: _kept(forward, needed, again, kept_bytes))
@@ -161,21 +158,21 @@ def _forward_nodes(joint: fx.GraphModule) -> dict[fx.Node, None]:
     return forward
 
 
-def _bytes(gm: fx.GraphModule, costs: GraphCosts, values: Mapping[str, int] | None) -> dict[fx.Node, float]:
+def tensor_bytes(gm: fx.GraphModule, costs: GraphCosts, values: Mapping[str, int] | None) -> dict[fx.Node, float]:
     """Bytes of each node whose result is one tensor: a tuple is neither kept nor sent."""
     sizes = dict(zip(costs.nodes, costs.values(values)["output_bytes"].tolist(), strict=True))
     return {node: sizes[node.name] for node in gm.graph.nodes
             if node.name in sizes and isinstance(node.meta.get("val"), torch.Tensor)}
 
 
-def _may_run_again(node: fx.Node) -> bool:
+def may_run_again(node: fx.Node) -> bool:
     """Whether a second run gives the same bits and has no effect."""
-    return (node.op == "call_function" and not draws_random_numbers(node) and not _writes(node)
+    return (node.op == "call_function" and not draws_random_numbers(node) and not writes_to_arguments(node)
             and not isinstance(node.target, torch._ops.HigherOrderOperator)
             and any(True for _ in tensors_in(node.meta.get("val"))))
 
 
-def _writes(node: fx.Node) -> bool:
+def writes_to_arguments(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
@@ -193,8 +190,8 @@ def duplicates(gm: fx.GraphModule, worker_of: Mapping[str, int], seconds: Mappin
     Returns: worker -> names of nodes to run there too, in order. A node without a time on a worker is not run there.
     Raises:  KeyError for a node without a worker.
     """
-    size = _bytes(gm, analyze_costs(gm), symbol_values)
-    written = {a for node in gm.graph.nodes if _writes(node) for a in node.all_input_nodes}
+    size = tensor_bytes(gm, analyze_costs(gm), symbol_values)
+    written = {a for node in gm.graph.nodes if writes_to_arguments(node) for a in node.all_input_nodes}
     found: dict[int, tuple[str, ...]] = {}
     for worker in sorted(set(worker_of.values())):
         own = {node for node in gm.graph.nodes if worker_of.get(node.name) == worker}
@@ -208,11 +205,11 @@ def duplicates(gm: fx.GraphModule, worker_of: Mapping[str, int], seconds: Mappin
                     return 0.0
                 if input_link is None or node.name in stays:
                     return NEVER
-                return input_link.transfer_s(_input_bytes(node))
+                return input_link.transfer_s(input_bytes(node))
             return link(worker_of[node.name], worker).transfer_s(size[node]) if node in size else NEVER
 
         def again(node: fx.Node, worker: int = worker) -> float:
-            safe = _may_run_again(node) and not any(a in written for a in node.all_input_nodes)
+            safe = may_run_again(node) and not any(a in written for a in node.all_input_nodes)
             return seconds[worker].get(node.name, NEVER) if safe else NEVER
 
         chosen = values_to_recompute(others, [node for node in others if node in wanted], bring, again)
@@ -221,7 +218,7 @@ def duplicates(gm: fx.GraphModule, worker_of: Mapping[str, int], seconds: Mappin
     return found
 
 
-def _input_bytes(node: fx.Node) -> float:
+def input_bytes(node: fx.Node) -> float:
     """Bytes of an input with fixed sizes; one with symbols is not brought a second time."""
     size = sum(map(size_bytes, tensors_in(node.meta.get("val"))))
     return float(size) if isinstance(size, int) else NEVER

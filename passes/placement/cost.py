@@ -25,6 +25,7 @@ _S_PER_HOUR = 3600.0
 _MAX_SETS = 512
 _MIN_LOOKS, _MAX_LOOKS = 1, 24
 _LOOK_WORK = 24_000      # nodes and edges x devices that first looks go through in all
+_NEAR = 1.3              # a set that a first schedule shows to cost more than this many times the best is left there
 
 _Shortest = Callable[..., FoundSchedule]      # `best_makespan` with a seed and a kernel
 
@@ -129,7 +130,8 @@ def _try_set(problem: Problem, candidate: _Candidate, found: FoundCost | None, b
     if not part.supported():
         return found
     try:
-        best = shortest(part, deadline, exact=exact)
+        of_use_s = _NEAR * found.value / candidate.price if found is not None and candidate.price else np.inf
+        best = shortest(part, deadline, exact=exact, of_use_s=of_use_s)
     except PlacementError:      # whole groups do not fit this set; another one may do
         return found
     candidate.seen = min(candidate.seen, best.schedule.makespan_s * candidate.price)

@@ -10,7 +10,7 @@ import numpy as np
 from genie_dynamo.passes.placement import exact_makespan, solver
 from genie_dynamo.passes.placement.deadline import Deadline
 from genie_dynamo.passes.placement.kernel import Kernels, MakespanKernel, makespan_arrays
-from genie_dynamo.passes.placement.list_schedule import earliest_finish
+from genie_dynamo.passes.placement.list_schedule import earliest_finish, ways_to_end
 from genie_dynamo.passes.placement.loads import compute_bound, fits
 from genie_dynamo.passes.placement.makespan_search import COLD, HOT, MakespanSearch
 from genie_dynamo.passes.placement.packing import single_device
@@ -50,16 +50,20 @@ class FoundSchedule:
 
 
 def best_makespan(problem: Problem, deadline: Deadline, *, exact: bool | None, seed: int,
-                  kernels: Kernels | None = None) -> FoundSchedule:
-    """A placement with a short makespan. Arguments and errors are those of `best_loads`."""
-    found, timeline = _first(problem, deadline, seed)
+                  kernels: Kernels | None = None, of_use_s: float = np.inf) -> FoundSchedule:
+    """A placement with a short makespan. Arguments and errors are those of `best_loads`.
+
+    Args: of_use_s: quick planning of a large graph refines nothing that it finds to be longer than this.
+    """
+    found, timeline, kernel = _first(problem, deadline, seed, kernels)
     if deadline.allows(problem.graph_size * 1e-5):
         found.lower_bound = max(critical_path_s(problem), compute_bound(problem))
     if problem.num_devices == 1:
         found.lower_bound = found.schedule.makespan_s
     if found.proven or timeline is None:
         return found
-    kernel = None if kernels is None else kernels.makespan(makespan_arrays(problem))
+    if deadline.quick and problem.graph_size > _FEW_SCHEDULES and found.schedule.makespan_s > of_use_s:
+        return found
     tries = (min(_MAX_QUICK_TRIES, _QUICK_STEPS // problem.graph_size) if kernel is None else
              min(_MAX_QUICK_KERNEL_TRIES, max(_MIN_QUICK_TRIES, _QUICK_KERNEL_STEPS // problem.graph_size)))
     rounds = max(1, min(_MAX_QUICK_ROUNDS, _QUICK_ROUND_NODES // len(problem.graph.nodes)))
@@ -84,7 +88,8 @@ def best_makespan(problem: Problem, deadline: Deadline, *, exact: bool | None, s
     return found
 
 
-def _first(problem: Problem, deadline: Deadline, seed: int) -> tuple[FoundSchedule, Timeline | None]:
+def _first(problem: Problem, deadline: Deadline, seed: int,
+           kernels: Kernels | None) -> tuple[FoundSchedule, Timeline | None, MakespanKernel | None]:
     """The best of one device and of list schedules; what is good for throughput where memory refuses these."""
     found: FoundSchedule | None = None
     alone = single_device(problem)
@@ -94,28 +99,39 @@ def _first(problem: Problem, deadline: Deadline, seed: int) -> tuple[FoundSchedu
     schedule_s = problem.graph_size * _S_PER_SCHEDULE
     choice_s = problem.graph_size * problem.num_devices * _S_PER_CHOICE + schedule_s
     if found is not None and (problem.num_devices == 1 or not deadline.allows(choice_s + 2 * schedule_s)):
-        return found, None
+        return found, None, None
     timeline = Timeline(problem)
+    kernel = None if kernels is None else kernels.makespan(makespan_arrays(problem))
     few = deadline.quick and problem.graph_size > _FEW_SCHEDULES
+    starts: list[tuple[Ints, str]] = []
     for device_A in _list_schedules(timeline, _VARIANTS[:2] if few else _VARIANTS):
-        schedule = timeline.run(timeline.devices_of_nodes(device_A))
-        if found is None:
-            found = FoundSchedule(device_A=device_A, schedule=schedule, lower_bound=0.0, method="list schedule")
-        found.take(device_A, schedule, "list schedule")
+        starts.append((device_A, "list schedule"))
         if not deadline.allows(2 * choice_s):
             break
-    if found is None or (not few and deadline.allows(4 * choice_s)):
+    if (found is None and not starts) or (not few and deadline.allows(4 * choice_s)):
         loads = first_loads(problem, deadline, seed)
-        schedule = timeline.run(timeline.devices_of_nodes(loads.device_A))
+        starts.append((loads.device_A, loads.method))
+    if kernel is not None and len(starts) > 1:
+        # In the extension a schedule takes a fraction of the time: only the best of them is made here too.
+        starts = [min(starts, key=lambda start: _makespan_s(kernel, start[0]))]
+    for device_A, method in starts:
+        schedule = timeline.run(timeline.devices_of_nodes(device_A))
         if found is None:
-            found = FoundSchedule(device_A=loads.device_A, schedule=schedule, lower_bound=0.0, method=loads.method)
-        found.take(loads.device_A, schedule, loads.method)
-    return found, timeline
+            found = FoundSchedule(device_A=device_A, schedule=schedule, lower_bound=0.0, method=method)
+        found.take(device_A, schedule, method)
+    assert found is not None
+    return found, timeline, kernel
+
+
+def _makespan_s(kernel: MakespanKernel, device_A: Ints) -> float:
+    """Of a placement as it is."""
+    return kernel.anneal(start_A=device_A, seed=0, tries=0, limit_s=np.inf, cool_by_time=False, hot=HOT, cold=COLD)[2]
 
 
 def _list_schedules(timeline: Timeline, variants: tuple[tuple[float, bool], ...]) -> Iterator[Ints]:
+    ahead = ways_to_end(timeline) if any(look_ahead for _, look_ahead in variants) else None
     for weight, look_ahead in variants:
-        device_A = earliest_finish(timeline, weight, look_ahead)
+        device_A = earliest_finish(timeline, weight, ahead if look_ahead else None)
         if device_A is not None and fits(timeline.problem, device_A):
             yield device_A
 
@@ -130,9 +146,11 @@ def _anneal(timeline: Timeline, kernel: MakespanKernel | None, found: FoundSched
     last_s = timeline.problem.graph_size * _S_PER_SCHEDULE
     if kernel is not None:
         limit_s = max(0.0, deadline.left_s() - last_s)
-        device_A, priority_N, _, _ = kernel.anneal(
+        device_A, priority_N, makespan_s, _ = kernel.anneal(
             start_A=begin_A, seed=seed, tries=tries or 1 << 62, limit_s=limit_s, cool_by_time=not tries, hot=hot,
             cold=COLD)
+        if makespan_s >= found.schedule.makespan_s:
+            return
         found.take(device_A, timeline.run(timeline.devices_of_nodes(device_A), priority_N.tolist()), "annealing")
         return
     search = MakespanSearch(timeline, begin_A, seed)

@@ -6,20 +6,23 @@ decides for all, and in weighing the way to the end from each device.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from genie_dynamo.passes.placement.problem import Floats, Ints
 from genie_dynamo.passes.placement.timeline import Timeline
 
 
-def earliest_finish(timeline: Timeline, transfer_weight: float, look_ahead: bool) -> Ints | None:
+def earliest_finish(timeline: Timeline, transfer_weight: float, ahead: Sequence[Sequence[float]] | None) -> Ints | None:
     """A device for each atom; None where memory leaves an atom no device.
 
     Args: transfer_weight: how much of a mean transfer counts in priorities.
-          look_ahead: judge a device by its finish plus the best way to the end from there, not by its finish alone.
+          ahead: of `ways_to_end`, to judge a device by its finish plus the best way to the end from there; None: by
+          its finish alone.
     """
     problem = timeline.problem
-    order, ahead = _priorities(timeline, transfer_weight)
+    order = _by_mean_way(timeline, transfer_weight)
     num_devices = problem.num_devices
     device_of: list[int] = [-1] * problem.num_atoms
     free = problem.capacity_D.tolist()
@@ -44,7 +47,7 @@ def earliest_finish(timeline: Timeline, transfer_weight: float, look_ahead: bool
                 if at > ready:
                     ready = at
             end = ready + timeline.seconds[node][d]
-            score = end + (ahead[node][d] if look_ahead else 0.0)
+            score = end if ahead is None else end + ahead[node][d]
             if score < best_score:
                 best, best_score, best_end = d, score, end
         if best < 0:
@@ -61,28 +64,41 @@ def earliest_finish(timeline: Timeline, transfer_weight: float, look_ahead: bool
     return np.array(device_of, dtype=np.int64)
 
 
-def _priorities(timeline: Timeline, transfer_weight: float) -> tuple[list[int], list[list[float]]]:
-    """Nodes by falling mean way to the end, and per node and device the least way to the end after it."""
-    problem = timeline.problem
-    seconds = problem.node_seconds_ND
-    finite = np.isfinite(seconds)
-    mean = (np.where(finite, seconds, 0.0).sum(axis=1) / finite.sum(axis=1)).tolist()
-    if problem.num_devices > 1:
-        apart = ~np.eye(problem.num_devices, dtype=bool)
-        moved_T: Floats = (problem.fixed_s_T + problem.size_bytes_T * problem.s_per_byte_DD[apart].mean()
-                           + problem.sized_T * problem.latency_DD[apart].mean())
-    else:
-        moved_T = np.zeros(problem.num_tensors)
-    moved = np.zeros(len(mean))
-    moved[problem.tensor_node_T] = moved_T
-    transfers = (moved * transfer_weight).tolist()
-    order = problem.graph.order
-    rank, ahead = [0.0] * len(mean), [[0.0] * problem.num_devices for _ in mean]
-    for node in reversed(order):
-        rank[node] = mean[node] + max((rank[u] + transfers[node] for u in timeline.users[node]), default=0.0)
+def ways_to_end(timeline: Timeline) -> list[list[float]]:
+    """Per node and device the least way to the end after it, a mean transfer for each change of device."""
+    moved = _mean_transfers(timeline)
+    ahead = [[0.0] * timeline.problem.num_devices for _ in moved]
+    for node in reversed(timeline.problem.graph.order):
         for user in timeline.users[node]:
             stay = [a + s for a, s in zip(ahead[user], timeline.seconds[user], strict=True)]
             leave = min(stay) + moved[node]
             ahead[node] = [max(old, min(way, leave)) for old, way in zip(ahead[node], stay, strict=True)]
+    return ahead
+
+
+def _by_mean_way(timeline: Timeline, transfer_weight: float) -> list[int]:
+    """Nodes by falling mean way to the end."""
+    seconds = timeline.problem.node_seconds_ND
+    finite = np.isfinite(seconds)
+    mean = (np.where(finite, seconds, 0.0).sum(axis=1) / finite.sum(axis=1)).tolist()
+    moved = _mean_transfers(timeline)
+    order = timeline.problem.graph.order
+    rank = [0.0] * len(mean)
+    for node in reversed(order):
+        rank[node] = mean[node] + max((rank[u] + moved[node] * transfer_weight for u in timeline.users[node]),
+                                      default=0.0)
     position = {node: i for i, node in enumerate(order)}
-    return sorted(order, key=lambda n: (-rank[n], position[n])), ahead
+    return sorted(order, key=lambda n: (-rank[n], position[n]))
+
+
+def _mean_transfers(timeline: Timeline) -> list[float]:
+    """Seconds of sending each node's output, in the mean over pairs of devices."""
+    problem = timeline.problem
+    moved: Floats = np.zeros(len(problem.graph.nodes))
+    if problem.num_devices > 1:
+        apart = ~np.eye(problem.num_devices, dtype=bool)
+        moved[problem.tensor_node_T] = (
+            problem.fixed_s_T + problem.size_bytes_T * problem.s_per_byte_DD[apart].mean()
+            + problem.sized_T * problem.latency_DD[apart].mean())
+    found: list[float] = moved.tolist()
+    return found

@@ -11,6 +11,7 @@ import numpy as np
 
 from genie_dynamo.passes.placement.problem import Floats, Ints, Problem
 
+_BOUND_GAIN, _BOUND_PATIENCE = 1e-4, 40       # steps without such a gain end the search for weights
 _BOUND_STEPS = 150
 _BOUND_RATE = 0.08
 
@@ -54,10 +55,16 @@ def compute_bound(problem: Problem) -> float:
     weights = np.full(problem.num_devices, 1.0 / problem.num_devices)
     rows = np.arange(problem.num_atoms)
     finite = np.where(np.isfinite(seconds), seconds, 1e300)
-    for step in range(_BOUND_STEPS):
+    looked, mark = 0, best
+    # Among devices that are all alike no weights are better than equal ones.
+    for step in range(_BOUND_STEPS if len(problem.classes) > 1 else 1):
         priced = finite * weights
         chosen = priced.argmin(axis=1)
         best = max(best, float(priced[rows, chosen].sum()))
+        if best > mark * (1 + _BOUND_GAIN):
+            looked, mark = step, best
+        elif step - looked > _BOUND_PATIENCE:
+            break
         loads = np.bincount(chosen, finite[rows, chosen], problem.num_devices)
         # Identical devices share what any of them was given: argmin alone would give it all to the first.
         for alike in problem.classes:

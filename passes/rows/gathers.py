@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -50,9 +51,50 @@ def index(call: Call) -> Parts:
         return Parts((first + aligned(call, chosen, width),))
     if any(item.dim is not None for item in chosen) or source.dim in places:
         raise MixesRows(f"{call.node.name} takes from other rows")
-    before = sum(d < source.dim for d in places)
-    rows = source.dim if adjacent and source.dim < first else source.dim - before + width
+    return Parts((_after_indexing(source.dim, places, width),))
+
+
+@rule("index_copy", "index_add", "index_fill")
+def at_places(call: Call) -> Parts:
+    """Places along one dim, the same for each row, are written: a cache at the positions of the new tokens."""
+    source, new = call.leaf("self"), call.get("source")
+    dim = wrap(call["dim"], source.ndim)
+    leaves = [source, *([new] if isinstance(new, Leaf) else [])]
+    dims = {leaf.dim for leaf in leaves if leaf.dim is not None}
+    if call.leaf("index").dim is not None or len(dims) != 1 or dim in dims:
+        raise MixesRows(f"{call.node.name} writes to other rows")
+    (rows,) = dims
+    for leaf in leaves:
+        call.align(leaf, rows)
     return Parts((rows,))
+
+
+@rule("index_put")
+def put_at(call: Call) -> Parts:
+    """x[:, i] = v: rows of x stay where x is not indexed, and v has them there too, or is the same for all."""
+    source, new, indices = call.leaf("self"), call.leaf("values"), call["indices"]
+    places = [d for d, item in enumerate(indices) if isinstance(item, Leaf)]
+    chosen = [indices[d] for d in places]
+    if any(item.value.dtype in (torch.bool, torch.uint8) for item in chosen):
+        raise MixesRows(f"{call.node.name} writes a number of elements that depends on values")
+    if source.dim is None or source.dim in places or any(item.dim is not None for item in chosen):
+        raise MixesRows(f"{call.node.name} writes to other rows")
+    call.align(source, source.dim)
+    width = max(item.ndim for item in chosen)
+    rows = _after_indexing(source.dim, places, width) - (source.ndim - len(places) + width - new.ndim)
+    if rows >= 0 and new.size(rows) != 1:
+        call.align(new, rows)
+    elif new.dim is not None:
+        raise MixesRows(f"{call.node.name} writes to other rows")
+    return Parts((source.dim,))
+
+
+def _after_indexing(dim: int, places: Sequence[int], width: int) -> int:
+    """Where a dim that is not indexed is in the result, by numpy's rules; indices broadcast to `width` dims."""
+    adjacent = all(b - a == 1 for a, b in itertools.pairwise(places))
+    if adjacent and dim < places[0]:
+        return dim
+    return dim - sum(place < dim for place in places) + width
 
 
 @rule("select_scatter", "slice_scatter")

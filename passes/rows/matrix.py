@@ -76,7 +76,7 @@ def attention(call: Call) -> Parts:
     """(B, ..., L, E): every batch entry attends to itself alone."""
     _no_dropout(call)
     q, k, v = call.leaves[:3]
-    if q.ndim < 4 or {leaf.dim for leaf in (q, k, v)} - {0, None}:
+    if q.ndim < 3 or {leaf.dim for leaf in (q, k, v)} - {0, None}:
         raise MixesRows(f"{call.node.name} attends over rows")
     for leaf in (q, k, v):
         call.align(leaf, 0)
@@ -90,7 +90,7 @@ def attention_backward(call: Call) -> Parts:
     mask = call["attn_mask"]
     for leaf in call.leaves:
         if leaf is not mask:
-            if leaf.dim not in (0, None) or call.leaves[0].ndim < 4:
+            if leaf.dim not in (0, None) or call.leaves[0].ndim < 3:
                 raise MixesRows(f"{call.node.name} attends over rows")
             call.align(leaf, 0)
     _mask(call, call.leaves[0].ndim)

@@ -103,7 +103,8 @@ def select(call: Call) -> Parts:
     return Parts((source.dim - (dim < source.dim),))
 
 
-@rule("split", "split_with_sizes", "chunk", "unbind", "tensor_split")
+@rule("split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_split_with_sizes",
+      "unsafe_chunk")
 def split(call: Call) -> Parts:
     source = call.leaf("self")
     dim = wrap(call["dim"] or 0, source.ndim)

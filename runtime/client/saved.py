@@ -23,13 +23,14 @@ _ATTRIBUTE = "_genie_handle"
 class SavedHandle:
     """(worker incarnation, id, epoch 0) of a resident activation; freed there when this object dies."""
 
-    __slots__ = ("__weakref__", "address", "form", "link", "tensor_id")
+    __slots__ = ("__weakref__", "address", "beside", "form", "link", "tensor_id")
 
     def __init__(self, link: WorkerLink, tensor_id: int, form: Any) -> None:
         self.link = link
         self.tensor_id = tensor_id
         self.form = form
         self.address = 0
+        self.beside: tuple[object, tuple[torch.Tensor, ...]] | None = None      # see keep_beside
         link.num_saved += 1
 
     def __del__(self) -> None:
@@ -70,6 +71,25 @@ def collect_handles(args: Sequence[Any]) -> dict[int, SavedHandle]:
         if handle is not None:
             handles[index] = handle
     return handles
+
+
+def keep_beside(saved: Sequence[Any], owner: object, copies: tuple[torch.Tensor, ...]) -> None:
+    """Let placeholders that autograd knows nothing of live as long as those that it saves.
+
+    Args:  saved: what autograd saves; where none of it stayed on a worker, the copies are dropped.
+           owner: who made them.
+    """
+    handles = collect_handles(saved)
+    if handles and all(handle_of(copy) is not None for copy in copies):
+        handles[min(handles)].beside = (owner, copies)
+
+
+def beside(saved: Sequence[Any], owner: object) -> tuple[torch.Tensor, ...] | None:
+    """The copies that this owner has kept beside one of these values; None where there are none."""
+    for handle in collect_handles(saved).values():
+        if handle.beside is not None and handle.beside[0] is owner:
+            return handle.beside[1]
+    return None
 
 
 def hooks_active() -> bool:

@@ -26,7 +26,8 @@ def run_reference(run_local: Callable[[list[Any]], Any], args: Sequence[Any]) ->
 
 def compare(plan: Plan, label: str, actual: Sequence[Any], expected: Sequence[Any]) -> None:
     """Raises: RemoteExecutionError that names the first output beyond tolerance, with the largest difference."""
-    for index, (rule, a, e) in enumerate(zip(plan.outputs, actual, expected, strict=True)):
+    # After the graph's own outputs come copies of activations for a backward, which the local run does not make.
+    for index, (rule, a, e) in enumerate(zip(plan.outputs, actual, expected, strict=False)):
         if rule.kind != "value" or not isinstance(a, torch.Tensor):
             continue
         if not a.is_floating_point() and not a.is_complex():

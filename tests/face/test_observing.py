@@ -88,6 +88,39 @@ def test_estimates_from_a_wrong_fit_get_close_to_what_is_measured(monkeypatch: p
     assert again is not None and all(w.fit is not None for w in again.workers)
 
 
+def test_inductors_code_is_timed_as_a_whole_and_corrects_its_own_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genie_dynamo.passes.partition.shipped_fit", wrong_fit)
+    session = genie.session()
+    facts = worker_facts.facts_of(session, wait=True)
+    assert facts is not None
+    model = torch.nn.Sequential(*[torch.nn.Linear(512, 512) for _ in range(4)], torch.nn.GELU()).eval()
+    x = torch.randn(128, 512)
+    deadline = time.monotonic() + 100
+    seen: list[PlacedGraph] = []
+    monkeypatch.setattr(backend, "observers", [seen.append])
+    compiled = torch.compile(model, backend="genie", options={"worker_compiler": "inductor"})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+        (graph,) = seen
+        before = {a.name: a.est_s or 0.0 for a in graph.price(facts).alternatives}
+        while not genie.get_stats()["events"].get("fragments timed"):
+            assert time.monotonic() < deadline, "the fragments were not timed"
+            compiled(x)
+        times: dict[str, list[float]] = {}
+        for _ in range(15):
+            compiled(x)
+            for name, seconds in graph.current.measured_s(session).items():
+                times.setdefault(name, []).append(seconds)
+        found = graph.found
+    assert found is not None
+    after = {a.name: a.est_s or 0.0 for a in found.alternatives}
+    for name, seconds in times.items():
+        measured_s = statistics.median(seconds)
+        assert abs(after[name] - measured_s) < 0.5 * abs(before[name] - measured_s), (name, before, after, measured_s)
+    assert max(after.values()) < 0.5 * max(before.values()), "a worker that has not run it learns from the other"
+    assert not observed.kept(facts.workers[0].hardware), "no op was timed"
+
+
 def test_one_worker_is_measured_and_its_ops_are_timed_too() -> None:
     genie.shutdown()
     genie.init(workers=1, num_threads=1, strict=True, observe=True)

@@ -1,7 +1,7 @@
 """When a plan is made again: measured far from estimated, long enough, and ever more rarely where plans flap."""
 from __future__ import annotations
 
-from genie_dynamo.passes.drift import BOUND, CALLS, FIRST_WAIT_S, MAX_WAIT_S, Drift
+from genie_dynamo.passes.drift import BOUND, CALLS, FIRST_WAIT_S, MAX_WAIT_S, Drift, Membership
 
 
 class Clock:
@@ -91,3 +91,21 @@ def test_plans_that_flap_are_made_ever_more_rarely_and_a_plan_that_holds_brings_
 
 def test_a_new_plan_has_to_be_better_by_a_margin() -> None:
     assert not Drift.better(0.95, 1.0) and Drift.better(0.89, 1.0) and Drift.better(5.0, None)
+
+
+def test_workers_that_come_are_planned_with_at_once_and_those_that_come_and_go_ever_more_rarely() -> None:
+    clock = Clock()
+    members = Membership(clock)
+    assert members.settled("w0") and members.settled("w0 w1"), "the first look, and the first change"
+    plans, incarnation, planned = 0, 0, ""
+    started_s = clock.now_s
+    while clock.now_s < started_s + 3600:
+        clock.now_s += 1.0
+        if clock.now_s % 10 == 0:
+            incarnation += 1
+        key = f"w0 w1.{incarnation}"
+        if members.settled(key) and planned != key:
+            plans, planned = plans + 1, key
+    assert 1 <= plans <= 8, "of 360 incarnations"
+    clock.now_s += 5 * MAX_WAIT_S
+    assert members.settled(f"w0 w1.{incarnation}") and members.settled("w0"), "it has been quiet: at once again"

@@ -107,14 +107,6 @@ def test_dear_bytes_are_recomputed_and_dear_ops_are_kept() -> None:
     assert targets.count("aten.mm.default") == 4       # the gradients' own products, no more
 
 
-def test_a_backward_elsewhere_is_priced_by_its_link() -> None:
-    args = (torch.randn(256, 256),)
-    slow = LinkFacts(start="w0", end="w1", latency_s=1e-4, bytes_per_s=1e7, source="a test")
-    _, here, _ = step(block, args, CostPartition(hardware=BOX))
-    _, there, _ = step(block, args, CostPartition(hardware=BOX, link=slow))
-    assert there < here
-
-
 def test_a_budget_is_kept_where_it_can_be() -> None:
     args = (torch.randn(128, 64),)
 

@@ -75,6 +75,12 @@ def equal(fn: Callable[..., Any], *args: Any, parts: int = 4) -> SplitGraph:
     return split
 
 
+def put(tensor: torch.Tensor, where: Any, new: torch.Tensor) -> torch.Tensor:
+    written = tensor.clone()
+    written[where] = new
+    return written
+
+
 W = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)) / 4
 TABLE = torch.randn(11, 16, generator=torch.Generator().manual_seed(1))
 
@@ -111,6 +117,17 @@ OPS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "attention with a mask": (
         lambda m, a, mask: F.scaled_dot_product_attention(a, a @ m.w, a, mask),
         (x(8, 2, 5, 16), torch.ones(8, 1, 5, 5, dtype=torch.bool).tril())),
+    "written at places": (
+        lambda m, a, c: (c.index_copy(1, torch.tensor([2, 0]), a[:, :2] @ m.w),
+                         (a @ m.w).index_fill(1, torch.tensor([1]), 7.0),
+                         (a @ m.w).index_add(2, torch.tensor([3, 3]), c[:, :3, :2])), (x(8, 3, 16), x(8, 5, 16))),
+    "put at places": (
+        lambda m, a, c: (put(c, (slice(None), torch.tensor([2, 0])), a[:, :2] @ m.w),
+                         put(a @ m.w, (slice(None), torch.tensor([1]), torch.tensor([0, 5])), torch.tensor(3.0)),
+                         put(c.transpose(0, 1), (torch.tensor([4]), slice(None), torch.tensor([1])),
+                             (a @ m.w)[:, 0, :1].t())), (x(8, 3, 16), x(8, 5, 16))),
+    "attention without heads": (lambda m, a: F.scaled_dot_product_attention(a, a @ m.w, a), (x(8, 5, 16),)),
+    "pieces of the last dim": (lambda m, a: (a @ m.w).unsafe_split(8, 1)[1] + (a @ m.w).unsafe_chunk(2, 1)[0], X),
     "attention of all rows to expanded values": (      # kernels want the last dim's elements one after the other
         lambda m, a, mask: F.scaled_dot_product_attention(*[(a @ m.w).view(8, 1, 1, 16).expand(-1, -1, 8, -1)] * 3,
                                                           attn_mask=mask), (*X, x(8, 8))),
@@ -174,6 +191,8 @@ def test_what_mixes_rows_before_heavy_work_runs_on_all_of_them_first(fresh_dynam
     (lambda m, a: ((a @ m.w) / (a @ m.w).sum()) @ m.w, "sum over all rows"),
     (lambda m, a: (a @ m.w).flip(0) @ m.w, "moves rows"),
     (lambda m, a: (a @ m.w) @ (a @ m.w).t() @ a, "multiplies rows"),
+    (lambda m, a: (a @ m.w).index_copy(0, torch.arange(8).flip(0), a @ m.w) @ m.w, "other rows"),
+    (lambda m, a: (a @ m.w).index_put((torch.arange(8),), a @ m.w) @ m.w, "other rows"),
     (lambda m, a: (a @ m.w)[1:5] @ m.w, "some of the rows"),
     (lambda m, a: (a @ m.w).view(2, 64) @ torch.ones(64, 2), "equal parts"),
 ])
