@@ -27,6 +27,7 @@ from genie_dynamo.core.errors import (
 )
 from genie_dynamo.core.stencil import WIDE
 from genie_dynamo.core.wire import pack, unpack
+from genie_dynamo.runtime.lanes.compression import Compression, is_packed
 from genie_dynamo.runtime.lanes.ends import End, Message, NativeEnd, Numbers
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 
@@ -54,6 +55,7 @@ class Connection:
         self.address = address
         self.end: End | None = None
         self._streaming = False            # the answer comes over the end
+        self.compression: Compression | None = None
         socket.setsockopt(zmq.RCVTIMEO, POLL_MS)
         socket.setsockopt(zmq.SNDTIMEO, POLL_MS)
 
@@ -96,6 +98,8 @@ class Connection:
             self._send_over_socket(header, frames, deadline_s)
 
     def _send_over_socket(self, header: bytes, frames: Sequence[Any], deadline_s: float) -> None:
+        if self.compression is not None and frames:
+            header, frames = self.compression.pack(header, frames)
         while True:
             try:
                 send_parts(self.socket, [header, *frames])
@@ -105,6 +109,8 @@ class Connection:
 
     def _send_over_end(self, header: bytes, frames: Sequence[Any], deadline_s: float) -> None:
         assert self.end is not None
+        if self.compression is not None and frames and self._has_lane:
+            header, frames = self.compression.pack(header, frames)
         try:
             self.end.send(header, frames, lambda: self._still_waiting(deadline_s))
         except GenieError:
@@ -120,13 +126,13 @@ class Connection:
         if self._streaming:
             came = self._from_end(deadline_s)
             if came is not None:
-                header, frames = came
-                return m.from_wire(unpack(header, flat=True)), frames, len(header)
+                return self._message(*came)
         return self._from_socket(deadline_s)
 
     @property
     def takes_stencils(self) -> bool:
-        return type(self.end) is NativeEnd
+        """Whether messages may be filled in and recognised; what is to be compressed is not."""
+        return type(self.end) is NativeEnd and self.compression is None
 
     def run_stencil(self, stencil: Any, values: Sequence[Any], frames: Sequence[Any], deadline_s: float) -> None:
         """As `run`, where `takes_stencils`: see NativeEnd.send_stencil."""
@@ -181,6 +187,13 @@ class Connection:
         frames: list[Any] = []
         while socket.getsockopt(zmq.RCVMORE):
             frames.append(socket.recv(copy=False))
+        return self._message(header, frames)
+
+    def _message(self, header: bytes, frames: Sequence[Any]) -> Received:
+        if is_packed(header):
+            if self.compression is None:
+                raise ProtocolError(f"{self.address} sent compressed frames that were not agreed on")
+            header, frames = self.compression.unpack(header, frames)
         return m.from_wire(unpack(header, flat=True)), frames, len(header)
 
     def _still_waiting(self, deadline_s: float) -> None:
@@ -204,7 +217,7 @@ class Connection:
     def _lane_broke(self, error: BaseException) -> NoReturn:
         """Ask over the ZeroMQ socket, which nothing else uses now, whether the worker is still there."""
         assert self.end is not None
-        end, self.end, self._streaming = self.end, None, False
+        end, self.end, self._streaming, self.compression = self.end, None, False, None
         end.close()
         try:
             self.ask(m.Stats(self.next_request()), time.monotonic() + max(self._grace_s, STREAM_GRACE_S))
@@ -238,7 +251,7 @@ class Connection:
         """Let go of the stream or lane: everything takes the ZeroMQ socket again."""
         if self.end is not None:
             self.end.close()
-        self.end, self._streaming = None, False
+        self.end, self._streaming, self.compression = None, False, None
 
     def ask(self, message: m.Message, deadline_s: float) -> m.Message:
         """Send a request and wait for its answer; answers to older requests are dropped.
