@@ -23,7 +23,7 @@ from genie_dynamo.core.limits import DEFAULT_LIMITS, Limits
 MIN_FRAME_BYTES = 64 << 10
 SAMPLE_BYTES = 32 << 10
 """Of the middle of a frame: compressed and decompressed to see what that takes and what is left."""
-GAIN = 0.9
+GAIN = 0.8
 """It pays where it is to take less than this part of the time without."""
 ZSTD_LEVEL = 1
 
