@@ -16,8 +16,8 @@ from bench import report
 from bench.harness import Case, Settings
 
 BENCHES = ("tiny_call", "resident_mlp", "gpt2_forward", "training_step", "parameter_check", "inductor_forward",
-           "worker_memory", "control_cpu", "waiting_client_cpu", "semantics", "costs", "placement", "bytes_moved",
-           "pipeline", "decode", "lanes", "beside_uploads", "device")
+           "worker_memory", "control_cpu", "waiting_client_cpu", "semantics", "semantics_time", "costs", "placement",
+           "bytes_moved", "pipeline", "decode", "lanes", "beside_uploads", "device")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -61,18 +61,29 @@ def keep(runs: list[Path], machine: str, folder: Path = FOLDER) -> Path:
     return path
 
 
+_MANY = 8
+"""Of more targets a case has one row, which names those that were missed."""
+
+
 def table(path: Path) -> str:
     """A machine's targets as Markdown: what was measured, beside what is to be reached."""
     benches = json.loads(path.read_text())["benches"]
     rows = ["| bench | case | measured | to reach | | load | commit |", "|---|---|---|---|---|---|---|"]
     for name, bench in benches.items():
+        run = f"{bench['host']['load_average'][0]:.1f} | {bench['commit'][:8]} |"
         for case in bench["cases"]:
             where = "one core" if case["pinned_to_one_core"] else f"{case['threads']} thr."
-            for target in case["targets"]:
-                rows.append(
-                    f"| `{name}` | {target['name']} [{where}] | {quantity(target['value'], target['unit'])} "
-                    f"| <= {quantity(target['limit'], target['unit'])} | {'' if target['reached'] else '**missed**'} "
-                    f"| {bench['host']['load_average'][0]:.1f} | {bench['commit'][:8]} |")
+            measured = [(target["name"], quantity(target["value"], target["unit"]),
+                         f"<= {quantity(target['limit'], target['unit'])}", target["reached"])
+                        for target in case["targets"]]
+            if len(measured) > _MANY:
+                missed = [f"{name} {value} ({limit})" for name, value, limit, reached in measured if not reached]
+                reached = f"{len(measured) - len(missed)} of {len(measured)} reached"
+                measured = [(case["title"], "; not: ".join([reached, ", ".join(missed)][:1 + bool(missed)]), "all",
+                             not missed)]
+            for title, value, limit, reached in measured:
+                rows.append(f"| `{name}` | {title} [{where}] | {value} | {limit} | {'' if reached else '**missed**'} "
+                            f"| {run}")
     return "\n".join(rows)
 
 

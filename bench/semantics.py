@@ -1,4 +1,4 @@
-"""Regions, phase, modality and workload against ground truth, over architectures; the classifier; pass time.
+"""Regions, phase, modality and workload against ground truth, over architectures; the classifier.
 
 Accuracy: every architecture in three captures, with module paths and names and without. Error rates are what the
 targets bound: 1 - precision and 1 - recall per kind. What patterns were tuned with and what they never saw are
@@ -25,7 +25,6 @@ from bench.semantics_samples import (
     optimizer_samples,
 )
 from bench.semantics_score import Outcome, evaluate
-from bench.semantics_time import time_case
 
 LIMIT_ERROR = 0.05
 _QUICK = ("gpt2", "bert", "resnet", "clip", "whisper", "mixtral", "dlrm", "detector")
@@ -94,4 +93,3 @@ def run(settings: Settings) -> Iterator[Case]:
     for (kind, named), outcome in accuracy(unseen, examples).items():
         yield _accuracy_case(f"held out, {kind}", named, outcome)
     yield classifier_case(joined(examples))
-    yield time_case(settings)

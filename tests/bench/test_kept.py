@@ -48,6 +48,15 @@ def test_a_missed_target_says_so(tmp_path: Path) -> None:
     assert "| 2.00x | <= 1.60x | **missed** |" in kept.table(path)
 
 
+def test_many_targets_are_one_row_that_names_those_that_were_missed(tmp_path: Path) -> None:
+    run = run_of(1.0)
+    [target] = run["cases"][0]["targets"]
+    run["cases"][0]["targets"] = [{**target, "name": f"kind {k}", "reached": k != 7} for k in range(12)]
+    table = kept.table(kept.keep([write(tmp_path, "run.json", run)], "m", tmp_path / "results"))
+    assert "| t [1 thr.] | 11 of 12 reached; not: kind 7 1.00x (<= 1.60x) | all | **missed** |" in table
+    assert "kind 6" not in table
+
+
 def test_a_later_run_replaces_its_bench_and_leaves_the_others(tmp_path: Path) -> None:
     runs = [write(tmp_path, "1.json", run_of(1.5)), write(tmp_path, "2.json", run_of(1.1, "resident_mlp"))]
     kept.keep(runs, "m", tmp_path / "results")
