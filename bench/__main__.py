@@ -24,8 +24,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Benches of genie-dynamo; see bench/README.md.",
         epilog="example: python -m bench tiny_call --threads 1 --out results.json")
-    parser.add_argument("names", nargs="+", metavar="NAME", choices=(*BENCHES, "dpdk", "peers", "all"),
-                        help=f"{', '.join(BENCHES)}; all: all of these; dpdk: needs DPDK; peers: other frameworks")
+    parser.add_argument("names", nargs="+", metavar="NAME", choices=(*BENCHES, "compression", "dpdk", "peers", "all"),
+                        help=f"{', '.join(BENCHES)}; all: all of these; compression: needs root; "
+                        "dpdk: needs DPDK; peers: other frameworks")
     parser.add_argument("--quick", action="store_true", help="few samples, one transport: does it work?")
     parser.add_argument("--out", type=Path, help="write JSON here")
     parser.add_argument("--threads", type=int, action="append", metavar="N",

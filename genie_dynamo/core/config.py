@@ -22,6 +22,7 @@ Policy = Literal["min_latency", "max_throughput", "min_cost"]
 Awareness = Literal["full", "weights", "blind"]
 WorkerCompiler = Literal["flat", "inductor", "auto"]
 OnWorkerLoss = Literal["retry", "local", "error"]
+CompressionOption = Literal["off", "lz4", "zstd", "auto"]
 Progress = Literal["auto", "on", "off"]
 
 LOG_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
@@ -233,6 +234,9 @@ class Config:
     busy_poll_s: float = field(default=0.0, metadata=_per_session(
         _number(0, 1), "how long a thread that waits for an answer over a native lane polls before it sleeps; it keeps "
         "its core busy meanwhile"))
+    compression: CompressionOption = field(default="off", metadata=_per_session(
+        _choice("off", "lz4", "zstd", "auto"), "compress payload over tcp and ZeroMQ to other hosts where a sample "
+        "says that it pays; auto: by whichever library both sides have"))
     dpdk_port: str | None = field(default=None, metadata=_per_session(
         _optional(_dpdk_port), "this end of the dpdk lane: memif, af_packet:INTERFACE, af_xdp:INTERFACE, pci:ADDRESS"))
     qos: str | None = field(default=None, metadata=_per_compile(

@@ -11,6 +11,7 @@ class Limits:
     message_bytes: int = 16 << 30      # one ZeroMQ message part
     header_bytes: int = 64 << 20       # the msgpack part of a message
     frames: int = 4096                 # payload frames of one message
+    inflated_bytes: int = 256 << 20    # what the compressed frames of one message hold
     string_bytes: int = 1 << 20
     list_items: int = 1 << 20
     nesting: int = 64

@@ -255,6 +255,15 @@ class Profile(NamedTuple):
     program_id: int
 
 
+class Compress(NamedTuple):
+    """Client -> worker: from here on frames over this connection may come compressed, both ways, by these codecs
+    (runtime/lanes/compression.py; Welcome.facts says which the worker has). Answered by Done, or by Failure."""
+
+    request: int
+    codecs: tuple[Any, ...]
+    bytes_per_s: float                       # of the lane, as the client has measured it
+
+
 class Ping(NamedTuple):
     """Client -> worker: keeps the session's lease. Not answered."""
 
@@ -268,11 +277,12 @@ class Bye(NamedTuple):
 Message = (
     Hello | Welcome | Load | Have | Put | Adopt | Run | Partial | Result | Failure | Done | Push | Cancel | Free
     | Drop | Fetch | Stats | Ping | Bye | Calibrate | Echo | Probe | Move | Land | Profile | Piece
+    | Compress
 )
 
 _TYPES: tuple[type[Any], ...] = (
     Hello, Welcome, Load, Have, Put, Adopt, Run, Partial, Result, Failure, Done, Push, Cancel, Free, Drop, Fetch,
-    Stats, Ping, Bye, Calibrate, Echo, Probe, Move, Land, Profile, Piece,
+    Stats, Ping, Bye, Calibrate, Echo, Probe, Move, Land, Profile, Piece, Compress,
 )
 _TAG_OF: dict[type[Any], int] = {cls: tag for tag, cls in enumerate(_TYPES)}
 _NUMBER = (int, float)
@@ -285,6 +295,7 @@ _FIELD_TYPES: dict[str, Any] = {
     "resident_bytes": int, "kind": str, "message": str, "value_id": int, "tensors": tuple, "value": object,
     "info": object, "template": int, "lanes": tuple, "fresh": bool, "address": str, "key": str, "size_bytes": int,
     "state": tuple, "evicted": tuple, "offers": tuple, "contents": tuple, "offset": int,
+    "codecs": tuple, "bytes_per_s": _NUMBER,
 }
 _CHECKS: tuple[tuple[Any, ...], ...] = tuple(tuple(_FIELD_TYPES[f] for f in cls._fields) for cls in _TYPES)
 _PAIR_FIELDS = frozenset({"keeps", "incoming", "frees", "tensors", "evicted"})

@@ -104,11 +104,15 @@ Posted ShmLane::post(const Transfer& transfer) noexcept try {
   last_id_ = transfer.id;
   ++facts_.posted;
   facts_.bytes_open += total;
-  Pending pending{transfer.id, transfer.epoch, transfer.digest, transfer.deadline,
-                  {transfer.slices.begin(), transfer.slices.end()}};
+  const auto priority = static_cast<std::size_t>(transfer.priority);
+  Pending pending{transfer.id, transfer.epoch, transfer.digest, transfer.priority == Priority::kBulk,
+                  transfer.deadline, {transfer.slices.begin(), transfer.slices.end()}};
   if (transfer.deadline != kNoDeadline) next_deadline_ = std::min(next_deadline_, transfer.deadline);
-  if (num_queued_ > 0 || publish(pending) == Published::kLater) {
-    queues_[static_cast<std::size_t>(transfer.priority)].push_back(std::move(pending));
+  // What waits and is less urgent is overtaken.
+  const bool is_next = std::all_of(queues_.begin(), queues_.begin() + static_cast<std::ptrdiff_t>(priority) + 1,
+                                   [](const auto& queue) { return queue.empty(); });
+  if (!is_next || publish(pending) == Published::kLater) {
+    queues_[priority].push_back(std::move(pending));
     ++num_queued_;
   }
   return Posted::kAccepted;

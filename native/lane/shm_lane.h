@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "lane/bulk.h"
 #include "lane/lane.h"
 #include "lane/ring.h"
 #include "lane/shm.h"
@@ -68,6 +69,7 @@ struct Pending {
   std::uint64_t id = 0;
   std::uint64_t epoch = 0;
   bool digest = false;
+  bool bulk = false;
   Deadline deadline = kNoDeadline;
   std::vector<Slice> slices;
 
@@ -83,6 +85,7 @@ struct Untaken {
   std::uint64_t position = 0;   // of the ring, after its record
   std::uint64_t id = 0;
   Deadline deadline = kNoDeadline;
+  bool bulk = false;
   bool ended = false;
 };
 
@@ -185,6 +188,7 @@ class ShmLane final : public Lane {
   std::set<std::uint32_t> announced_;
   std::array<std::deque<Pending>, kNumPriorities> queues_;
   std::size_t num_queued_ = 0;
+  BulkWindow bulk_;
   std::deque<Untaken> untaken_;
   std::deque<Slot> slots_;
   std::vector<std::uint32_t> free_slots_;

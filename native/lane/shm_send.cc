@@ -73,6 +73,7 @@ void ShmLane::reap() noexcept {
   while (!untaken_.empty() && untaken_.front().position <= writer_->taken()) {
     if (!untaken_.front().ended) end(untaken_.front().id, End::kOk);
     facts_.bytes_open -= untaken_.front().size_bytes;
+    if (untaken_.front().bulk) bulk_.taken(untaken_.front().size_bytes);
     untaken_.pop_front();
   }
 }
@@ -129,6 +130,7 @@ std::uint64_t ShmLane::take_slot(std::shared_ptr<void> owner) {
 }
 
 ShmLane::Published ShmLane::publish(const Pending& pending) noexcept try {
+  if (pending.bulk && !bulk_.has_room(pending.size_bytes())) return Published::kLater;
   const std::size_t count = pending.slices.size();
   const std::size_t fixed = sizeof(MessageHead) + count * sizeof(SliceRef);
   std::size_t inline_bytes = 0;
@@ -182,7 +184,8 @@ ShmLane::Published ShmLane::publish(const Pending& pending) noexcept try {
     std::memcpy(body + sizeof head + i * sizeof ref, &ref, sizeof ref);
     facts_.bytes_sent += slice.size_bytes;
   }
-  untaken_.push_back({pending.size_bytes(), writer_->commit(), pending.id, pending.deadline, false});
+  untaken_.push_back({pending.size_bytes(), writer_->commit(), pending.id, pending.deadline, pending.bulk, false});
+  if (pending.bulk) bulk_.left(pending.size_bytes());
   wake_peer();
   return Published::kDone;
 } catch (...) {

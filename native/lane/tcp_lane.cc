@@ -72,6 +72,7 @@ Posted TcpLane::post(const Transfer& transfer) noexcept try {
   out.id = transfer.id;
   out.epoch = transfer.epoch;
   out.digest = transfer.digest;
+  out.bulk = transfer.priority == Priority::kBulk;
   out.deadline = transfer.deadline;
   out.slices.assign(transfer.slices.begin(), transfer.slices.end());
   last_id_ = transfer.id;

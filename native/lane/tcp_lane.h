@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "lane/bulk.h"
 #include "lane/landing.h"
 #include "lane/lane.h"
 #include "lane/tcp.h"
@@ -30,6 +31,7 @@ struct Outgoing {
   std::uint64_t epoch = 0;
   bool digest = false;
   bool bare = false;                  // an ack or a bye: a header alone
+  bool bulk = false;
   tcp::Kind kind = tcp::Kind::kMessage;
   Deadline deadline = kNoDeadline;
   std::vector<Slice> slices;
@@ -63,6 +65,7 @@ struct Unacked {
   std::uint64_t id = 0;
   std::uint64_t sequence = 0;
   Deadline deadline = kNoDeadline;
+  bool bulk = false;
   bool ended = false;
   std::uint64_t size_bytes = 0;
   std::vector<Slice> slices;          // kept as they are until the peer has them
@@ -139,6 +142,7 @@ class TcpLane final : public Lane {
 
   std::array<std::deque<Outgoing>, kNumPriorities> queues_;
   std::size_t num_queued_ = 0;
+  BulkWindow bulk_;
   std::deque<Unacked> unacked_;
   std::vector<std::uint64_t> cancelled_;
   bool blocked_ = false;

@@ -29,7 +29,7 @@ void TcpLane::queue_bare(tcp::Kind kind) noexcept try {
   shut(End::kLocal, "out of memory");
 }
 
-// The one that is on the wire already, else the most urgent.
+// The one that is on the wire already, else the most urgent; null where that is bulk, and enough of it is under way.
 std::deque<Outgoing>* TcpLane::choose() noexcept {
   std::deque<Outgoing>* first = nullptr;
   for (auto& queue : queues_) {
@@ -37,6 +37,7 @@ std::deque<Outgoing>* TcpLane::choose() noexcept {
     if (queue.front().started()) return &queue;
     if (first == nullptr) first = &queue;
   }
+  if (first != nullptr && first->front().bulk && !bulk_.has_room(first->front().size_bytes())) return nullptr;
   return first;
 }
 
@@ -65,6 +66,7 @@ void TcpLane::begin(Outgoing& out) {
 void TcpLane::send_queued() noexcept try {
   while (num_queued_ > 0) {
     std::deque<Outgoing>* queue = choose();
+    if (queue == nullptr) return;
     Outgoing& out = queue->front();
     const std::uint64_t acked_before = said_acked_;
     if (out.lead.empty()) begin(out);
@@ -78,8 +80,9 @@ void TcpLane::send_queued() noexcept try {
       return;
     }
     if (!out.bare) {
-      Unacked sent{out.id, out.sequence, out.deadline, false, 0, std::move(out.slices)};
+      Unacked sent{out.id, out.sequence, out.deadline, out.bulk, false, 0, std::move(out.slices)};
       for (const Slice& slice : sent.slices) sent.size_bytes += slice.size_bytes;
+      if (sent.bulk) bulk_.left(sent.size_bytes);
       if (const auto at = std::find(cancelled_.begin(), cancelled_.end(), out.id); at != cancelled_.end()) {
         cancelled_.erase(at);
         sent.ended = true;
@@ -174,6 +177,7 @@ bool TcpLane::take_acked(std::uint64_t sequence) noexcept {
   while (!unacked_.empty() && unacked_.front().sequence <= sequence) {
     if (!unacked_.front().ended) end(unacked_.front().id, End::kOk);
     facts_.bytes_open -= unacked_.front().size_bytes;
+    if (unacked_.front().bulk) bulk_.taken(unacked_.front().size_bytes);
     unacked_.pop_front();
   }
   return true;

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <thread>
 
+#include "lane/bulk.h"
 #include "lane/bundle.h"
 #include "tests/lanes.h"
 
@@ -170,6 +171,53 @@ TEST_CASE("what arrived lives on after both ends are closed") {
     right.close();
     CHECK(std::memcmp(message.buffers[0].data, bytes->data(), bytes->size()) == 0);
   });
+}
+
+TEST_CASE("what is urgent waits for a window of bulk at most, and all of it arrives in order") {
+  for (const auto& make : {shm_ends, tcp_ends}) {
+    auto [left, right] = make();
+    constexpr std::size_t kMessages = 64;
+    const auto piece = std::make_shared<std::vector<std::byte>>(pattern(1 << 20, 1));
+    const auto small = std::make_shared<std::vector<std::byte>>(pattern(10, 2));
+    SendOptions options;
+    options.priority = Priority::kBulk;
+    std::vector<std::uint64_t> ids;
+    for (std::size_t i = 0; i < kMessages; ++i) ids.push_back(send(*left, {slice_of(piece)}, options));
+    options.priority = Priority::kNormal;
+    const std::uint64_t urgent = send(*left, {slice_of(small)}, options);
+    std::vector<std::uint64_t> arrived;
+    std::thread mover([&, channel = left] { CHECK(channel->quiesce(in(kPatience))); });
+    while (arrived.size() <= kMessages) arrived.push_back(receive(*right).id);
+    Message none;   // who receives says what has come when it looks for more
+    CHECK(right->receive(none, in(std::chrono::milliseconds(20)), std::chrono::microseconds(0)) ==
+          Channel::Got::kNothing);
+    mover.join();
+    const auto at = std::find(arrived.begin(), arrived.end(), urgent);
+    REQUIRE(at != arrived.end());
+    CHECK(static_cast<std::size_t>(at - arrived.begin()) <= kBulkWindowBytes / piece->size());
+    arrived.erase(at);
+    CHECK(arrived == ids);
+  }
+}
+
+TEST_CASE("bulk that was cancelled, or that nobody takes, leaves the window as it was") {
+  for (const auto& make : {shm_ends, tcp_ends}) {
+    auto [left, right] = make();
+    const auto large = std::make_shared<std::vector<std::byte>>(pattern(3 * kBulkWindowBytes, 1));
+    SendOptions bulk;
+    bulk.priority = Priority::kBulk;
+    const std::uint64_t first = send(*left, {slice_of(large)}, bulk);     // more than a window: one at a time
+    const std::uint64_t second = send(*left, {slice_of(large)}, bulk);
+    const std::uint64_t third = send(*left, {slice_of(large)}, bulk);
+    REQUIRE(left->cancel(second));
+    std::thread mover([&, channel = left] { CHECK(channel->quiesce(in(kPatience))); });
+    CHECK(receive(*right).id == first);
+    CHECK(receive(*right).id == third);
+    Message none;
+    CHECK(right->receive(none, in(std::chrono::milliseconds(20)), std::chrono::microseconds(0)) ==
+          Channel::Got::kNothing);
+    mover.join();
+  }
 }
 
 TEST_CASE("an urgent message overtakes bulk that waits, whole messages at a time") {

@@ -27,6 +27,7 @@ from genie_dynamo.core.errors import (
 )
 from genie_dynamo.core.stencil import WIDE
 from genie_dynamo.core.wire import pack, unpack
+from genie_dynamo.runtime.lanes.compression import Compression, is_packed
 from genie_dynamo.runtime.lanes.copies import Tally, Work, count_for
 from genie_dynamo.runtime.lanes.ends import End, Message, NativeEnd, Numbers
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
@@ -62,6 +63,7 @@ class Connection:
         self._tally = Tally()
         self._work = Work(self._tally)
         self._on_closed = on_closed
+        self.compression: Compression | None = None
         socket.setsockopt(zmq.RCVTIMEO, POLL_MS)
         socket.setsockopt(zmq.SNDTIMEO, POLL_MS)
 
@@ -104,6 +106,8 @@ class Connection:
             self._send_over_socket(header, frames, deadline_s)
 
     def _send_over_socket(self, header: bytes, frames: Sequence[Any], deadline_s: float) -> None:
+        if self.compression is not None and frames:
+            header, frames = self.compression.pack(header, frames)
         self._tally.moved_out += len(header) + (sum(map(len, frames)) if frames else 0)
         while True:
             try:
@@ -114,6 +118,8 @@ class Connection:
 
     def _send_over_end(self, header: bytes, frames: Sequence[Any], deadline_s: float) -> None:
         assert self.end is not None
+        if self.compression is not None and frames and self._has_lane:
+            header, frames = self.compression.pack(header, frames)
         if not self.end.carries_all:
             self._tally.moved_out += len(header) + (sum(map(len, frames)) if frames else 0)
         try:
@@ -132,15 +138,16 @@ class Connection:
         if self._streaming:
             came = self._from_end(deadline_s)
             if came is not None:
-                header, frames = came
                 if not self._has_lane:
+                    header, frames = came
                     self._tally.moved_in += len(header) + sum(frame.nbytes for frame in frames)
-                return m.from_wire(unpack(header, flat=True)), frames, len(header)
+                return self._message(*came)
         return self._from_socket(deadline_s)
 
     @property
     def takes_stencils(self) -> bool:
-        return type(self.end) is NativeEnd
+        """Whether messages may be filled in and recognised; what is to be compressed is not."""
+        return type(self.end) is NativeEnd and self.compression is None
 
     def run_stencil(self, stencil: Any, values: Sequence[Any], frames: Sequence[Any], deadline_s: float) -> None:
         """As `run`, where `takes_stencils`: see NativeEnd.send_stencil."""
@@ -196,6 +203,13 @@ class Connection:
         while socket.getsockopt(zmq.RCVMORE):
             frames.append(socket.recv(copy=False))
         self._tally.moved_in += len(header) + sum(map(len, frames))
+        return self._message(header, frames)
+
+    def _message(self, header: bytes, frames: Sequence[Any]) -> Received:
+        if is_packed(header):
+            if self.compression is None:
+                raise ProtocolError(f"{self.address} sent compressed frames that were not agreed on")
+            header, frames = self.compression.unpack(header, frames)
         return m.from_wire(unpack(header, flat=True)), frames, len(header)
 
     def _still_waiting(self, deadline_s: float) -> None:
@@ -220,7 +234,7 @@ class Connection:
         """Ask over the ZeroMQ socket, which nothing else uses now, whether the worker is still there."""
         assert self.end is not None
         self._tally.add(self.end.counters())
-        end, self.end, self._streaming = self.end, None, False
+        end, self.end, self._streaming, self.compression = self.end, None, False, None
         self._work = Work(self._tally)
         end.close()
         try:
@@ -269,7 +283,7 @@ class Connection:
         if self.end is not None:
             self._tally.add(self.end.counters())
             self.end.close()
-        self.end, self._streaming = None, False
+        self.end, self._streaming, self.compression = None, False, None
         self._work = Work(self._tally)
 
     def ask(self, message: m.Message, deadline_s: float) -> m.Message:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,8 @@ from genie_dynamo.core.errors import AuthenticationError, GenieError, LaneUnavai
 from genie_dynamo.core.program import Offers
 from genie_dynamo.runtime.client.connection import POLL_MS, Connection, beside, to_error
 from genie_dynamo.runtime.lanes import native, stream
-from genie_dynamo.runtime.lanes.ends import SocketEnd, connect_native
+from genie_dynamo.runtime.lanes.compression import Compression
+from genie_dynamo.runtime.lanes.ends import SocketEnd, connect_native, is_loopback
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 
 log = logging.getLogger(__name__)
@@ -84,6 +87,36 @@ def negotiate(connection: Connection, welcome: m.Welcome, choice: LaneChoice, to
     choice.reason = "required" if require == "zmq" else "nothing better works"
 
 
+def agree_on_compression(connection: Connection, welcome: m.Welcome, choice: LaneChoice, names: Sequence[str],
+                         token: bytes, counted: Counter[str]) -> str:
+    """Compress what travels over the way that was chosen, where it leaves this host. Returns: what was agreed, or why
+    nothing was.
+
+    Args:   names: codecs that this side has and may use.  counted: see Compression.
+    Raises: what the worker reports, or WorkerError.
+    """
+    if choice.name == "stream" or choice.name not in ("tcp", "zmq"):
+        return f"off: the {choice.name} lane is not compressed"
+    if not leaves_host(connection.address):
+        return f"off: {connection.address} is this host"
+    theirs = welcome.facts.get("codecs")
+    both = [name for name in names if isinstance(theirs, tuple) and name in theirs]
+    if not both:
+        return f"off: the worker has {theirs or 'no codec'}, this side may use {tuple(names)}"
+    if not choice.gb_per_s:
+        choice.gb_per_s = _rate(connection, token)
+    bytes_per_s = choice.gb_per_s * 1e9
+    request = connection.next_request()
+    connection.ask(m.Compress(request, tuple(both), bytes_per_s), time.monotonic() + PROOF_TIMEOUT_S)
+    connection.compression = Compression(both, bytes_per_s, counted)
+    return f"{' or '.join(both)}, where a sample pays at {choice.gb_per_s:.3g} GB/s"
+
+
+def leaves_host(address: str) -> bool:
+    """Whether a worker's address is reached over a network."""
+    return address.startswith("tcp://") and not is_loopback(address.removeprefix("tcp://"))
+
+
 def lane_lost(choice: LaneChoice, name: str, reason: str) -> None:
     """A lane broke in use: it is not tried again in this link's life."""
     choice.refused[name] = f"it broke: {reason}"
@@ -134,13 +167,18 @@ def _decide(connection: Connection, choice: LaneChoice, name: str, token: bytes,
     choice.reason = "the best of those offered" if not choice.refused else "the best of those that work"
     if measured and choice.gb_per_s:
         return
+    choice.gb_per_s = _rate(connection, token)
+
+
+def _rate(connection: Connection, token: bytes) -> float:
+    """GB/s one way, of RATE_BYTES."""
     payload = torch.zeros(RATE_BYTES, dtype=torch.uint8, device="cpu")
     best_s = float("inf")
     for _ in range(RATE_ECHOES):
         started_s = time.perf_counter()
         _echo(connection, token, payload)
         best_s = min(best_s, time.perf_counter() - started_s)
-    choice.gb_per_s = 2 * RATE_BYTES / best_s / 1e9
+    return 2 * RATE_BYTES / best_s / 1e9
 
 
 def _echo(connection: Connection, token: bytes, payload: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from genie_dynamo.runtime.client.workers import WorkerLink
 from genie_dynamo.runtime.cluster import WorkerAddress
 from genie_dynamo.runtime.heartbeat import HeartbeatMonitor
 from genie_dynamo.runtime.lanes import dpdk
+from genie_dynamo.runtime.lanes.compression import wanted
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
 from genie_dynamo.runtime.launcher import EmbeddedWorker, start_embedded
 from genie_dynamo.runtime.security import Security
@@ -318,6 +319,7 @@ class Session:
             lease_s=0.0 if embedded is not None else self.config.session_lease_s,
             timeout_s=timeout_s or self.config.connect_timeout_s, why_lost=self._why_lost,
             require_lane=self.config.require_lane, busy_poll_s=self.config.busy_poll_s,
+            codecs=wanted(self.config.compression),
             # The end of an embedded worker is seen at once, that of another by its heartbeat.
             grace_s=STREAM_GRACE_S if embedded is not None else (
                 self.config.heartbeat_timeout_s + 2 * self.config.heartbeat_interval_s))

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,13 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.core.errors import WorkerLostError
 from genie_dynamo.core.program import Offers
 from genie_dynamo.runtime.client.connection import Connection, greet
-from genie_dynamo.runtime.client.negotiation import LaneChoice, lane_lost, negotiate, offers_of
+from genie_dynamo.runtime.client.negotiation import LaneChoice, agree_on_compression, lane_lost, negotiate, offers_of
 from genie_dynamo.runtime.lanes import native
 from genie_dynamo.runtime.lanes.copies import Tally
 from genie_dynamo.runtime.launcher import EmbeddedWorker
 from genie_dynamo.runtime.security import Security, apply_client, harden
 
+COMPRESSED = ("sent_before", "sent_after", "received_before", "received_after", "left_alone")
 LANE_COUNTERS = ("bytes_sent", "bytes_arrived", "bytes_shared", "bytes_copied_out", "bytes_copied_in")
 
 
@@ -28,7 +29,7 @@ class WorkerLink:
     def __init__(self, *, name: str, address: str, server_key: bytes | None, embedded: EmbeddedWorker | None,
                  context: zmq.Context[Any], security: Security, token: bytes, lease_s: float, timeout_s: float,
                  why_lost: Callable[[WorkerLink], str | None], grace_s: float, require_lane: str | None = None,
-                 busy_poll_s: float = 0.0) -> None:
+                 busy_poll_s: float = 0.0, codecs: Sequence[str] = ()) -> None:
         self.name = name
         self.address = address
         self.server_key = server_key
@@ -44,6 +45,9 @@ class WorkerLink:
         self.lane = LaneChoice()
         self._require_lane = require_lane
         self._busy_poll_s = busy_poll_s
+        self._codecs = tuple(codecs)                      # that payload may be compressed by
+        self._compressed: Counter[str] = Counter()
+        self._compression = "off"
         self._hello = (token, lease_s, {"client": name}, timeout_s)
         self._why_lost = why_lost
         self._grace_s = grace_s
@@ -124,6 +128,9 @@ class WorkerLink:
     def _negotiate(self, connection: Connection, welcome: m.Welcome) -> None:
         token, lease_s, _, timeout_s = self._hello
         negotiate(connection, welcome, self.lane, token, lease_s, timeout_s, self._require_lane, self._busy_poll_s)
+        if self._codecs:
+            self._compression = agree_on_compression(connection, welcome, self.lane, self._codecs, token,
+                                                     self._compressed)
 
     def lane_lost(self, name: str, reason: str) -> None:
         """A lane broke while the worker lives: new connections take the next best one."""
@@ -143,7 +150,8 @@ class WorkerLink:
         for connection in list(self._idle):
             counted.update(connection.lane_counters())
         memory = native.sum_memory(connection.lane_memory() for connection in list(self._idle))
-        return {**self.lane.to_json(), **{name: counted[name] for name in LANE_COUNTERS}, "memory": memory}
+        return {**self.lane.to_json(), **{name: counted[name] for name in LANE_COUNTERS}, "memory": memory,
+                "compression": {"agreed": self._compression, **{name: self._compressed[name] for name in COMPRESSED}}}
 
     def copies(self) -> Tally:
         """What was moved and copied between this client and the worker so far, on this side."""

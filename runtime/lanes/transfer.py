@@ -107,7 +107,7 @@ class Transfer:
 
 
 class _Watcher:
-    """Learns the ends of one channel's transfers that have callbacks, in a thread that lives as long as there are any."""
+    """Learns the ends of one channel's transfers that have callbacks, in a thread that lives while there are any."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

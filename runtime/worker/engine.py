@@ -22,6 +22,7 @@ from genie_dynamo.core.program import FragmentProgram, WorkerProgram
 from genie_dynamo.runtime.births import Lend
 from genie_dynamo.runtime.flat import MISSING, FlatPlan, FlatRun, RunStatus
 from genie_dynamo.runtime.lanes import native
+from genie_dynamo.runtime.lanes.compression import installed
 from genie_dynamo.runtime.lanes.copies import Work, copied_in, count_for
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames, cut, travels_in_pieces
 from genie_dynamo.runtime.worker.assembly import Assembly
@@ -229,6 +230,7 @@ class Engine:
             "device": str(self.device), "threads": self.num_threads, "torch": str(torch.__version__),
             "pid": os.getpid(), "memory_bytes": resident_set_bytes(), "cpu_seconds": time.process_time(),
             "repeated_runs": self.num_repeated, "compiler_refusals": dict(self._refused), "compilers": dict(RUNS),
+            "codecs": installed(),
             "peer_lanes": self.peer_lanes(),
             "staged_bytes": dict(self._staging.counted) if self._staging is not None else {},
         }

@@ -19,10 +19,11 @@ import torch
 import zmq
 
 from genie_dynamo.core import messages as m
-from genie_dynamo.core.errors import GenieError, WorkerBusyError
+from genie_dynamo.core.errors import GenieError, ProtocolError, WorkerBusyError
 from genie_dynamo.core.wire import pack, unpack
 from genie_dynamo.runtime.flat import RunStatus
 from genie_dynamo.runtime.lanes import stream
+from genie_dynamo.runtime.lanes.compression import is_packed
 from genie_dynamo.runtime.lanes.ends import BULK
 from genie_dynamo.runtime.lanes.zmq_frames import send_parts
 from genie_dynamo.runtime.worker.background import Background
@@ -158,6 +159,11 @@ class Shell:
 
     def _message(self, connection: bytes, header: bytes, frames: Sequence[Any]) -> None:
         try:
+            if is_packed(header):
+                compression = self._state.compressions.get(connection)
+                if compression is None:
+                    raise ProtocolError("frames came compressed, which was not agreed on")
+                header, frames = compression.unpack(header, frames)
             message = m.from_wire(unpack(header, flat=True))
         except (GenieError, RecursionError) as error:
             log.warning("a peer sent bytes that are not a message: %s", error)
@@ -177,7 +183,7 @@ class Shell:
         for command in commands:
             if type(command) is Reply:
                 self._reply(command.connection, command.message, command.frames)
-                if command.repeatable is not None:
+                if command.repeatable is not None and command.connection not in self._state.compressions:
                     self._lanes.answered(command, self._engine)
             elif type(command) is Execute:
                 run = command.run
@@ -248,6 +254,9 @@ class Shell:
 
     def _reply(self, connection: bytes, message: m.Message, frames: Sequence[Any]) -> None:
         header = pack(m.to_wire(message))
+        compression = self._state.compressions.get(connection) if frames else None
+        if compression is not None:
+            header, frames = compression.pack(header, frames)
         if connection in self._lanes:
             self._lanes.send(connection, header, frames)
             if type(message) is m.Result:

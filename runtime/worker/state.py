@@ -15,6 +15,7 @@ from genie_dynamo.core.errors import ProtocolError, StaleHandleError, VersionMis
 from genie_dynamo.core.limits import DEFAULT_LIMITS, Limits
 from genie_dynamo.core.program import WorkerProgram, read_offers
 from genie_dynamo.runtime.lanes import native
+from genie_dynamo.runtime.lanes.compression import Compression
 from genie_dynamo.runtime.lanes.copies import Tally, Work
 from genie_dynamo.runtime.worker.events import (
     Abandon,
@@ -52,6 +53,7 @@ class WorkerState:
         self.stream_address = stream_address
         self.lanes = lanes                                 # (name, version, address), best first
         self.routes: dict[bytes, bytes] = {}               # stream -> connection of the same client thread
+        self.compressions: dict[bytes, Compression] = {}   # by connection
         self.sessions: dict[bytes, SessionRecord] = {}
         self.draining = False
         self._by_connection: dict[bytes, SessionRecord] = {}
@@ -67,7 +69,7 @@ class WorkerState:
             m.Cancel: self._runs.cancel, m.Free: residents.free, m.Drop: self._drop, m.Fetch: residents.fetch,
             m.Move: residents.move,
             m.Stats: self._stats, m.Ping: self._ping, m.Bye: self._bye, m.Calibrate: self._measure,
-            m.Probe: self._measure, m.Profile: self._profile,
+            m.Probe: self._measure, m.Profile: self._profile, m.Compress: self._compress,
         }
 
     def handle(self, event: Event) -> list[Command]:
@@ -148,6 +150,7 @@ class WorkerState:
 
     def _left(self, connection: bytes) -> list[Command]:
         self.routes.pop(connection, None)
+        self.compressions.pop(connection, None)
         session = self._by_connection.pop(connection, None)
         if session is not None:
             session.connections.discard(connection)
@@ -208,6 +211,11 @@ class WorkerState:
         value = self._tools.stage(self._tools.land(message.value[1], frames), out)
         return [Reply(connection, m.Result(message.request, ((0, value),), (), 0.0, 0.0, 0), out)]
 
+    def _compress(self, session: SessionRecord, event: Received) -> list[Command]:
+        message: m.Compress = event.message  # type: ignore[assignment]
+        self.compressions[event.connection] = Compression(message.codecs, message.bytes_per_s)
+        return [Reply(event.connection, m.Done(message.request, None))]
+
     def _ping(self, session: SessionRecord, event: Received) -> list[Command]:
         return []
 
@@ -228,6 +236,7 @@ class WorkerState:
         for connection in session.connections:
             self._by_connection.pop(connection, None)
             self.routes.pop(connection, None)
+            self.compressions.pop(connection, None)
         runs = [run for runs in session.runs.values() for run in runs]
         for run in runs:
             run.abandoned = True

@@ -14,9 +14,11 @@ from genie_dynamo.core import messages as m
 from genie_dynamo.runtime.client.connection import Connection
 from genie_dynamo.runtime.client.uploads import MAX_TOGETHER, Content, parcels, payload_bytes
 from genie_dynamo.runtime.lanes.zmq_frames import ZmqFrames
+from tests.runtime.lanes.ends import native
+from tests.runtime.lanes.test_negotiation import tcp_worker  # noqa: F401 - a fixture
 
 MIB = 1 << 20
-LANES = [None, "zmq"]
+LANES = ["shm", "tcp", "zmq"]
 
 
 def contents(*sizes: int) -> list[Content]:
@@ -83,9 +85,10 @@ def test_150_small_parameters_travel_in_one_message(sent: Sent, own_session: Any
 
 
 @pytest.mark.parametrize("lane", LANES)
-def test_a_call_is_answered_in_the_middle_of_an_upload(lane: str | None, sent: Sent, own_session: Any,
-                                                       fresh_dynamo: None) -> None:
-    own_session(workers=1, require_lane=lane, strict=True)
+def test_a_call_is_answered_in_the_middle_of_an_upload(lane: str, sent: Sent, tcp_worker: str,  # noqa: F811
+                                                       own_session: Any, fresh_dynamo: None) -> None:
+    native()
+    own_session(workers=[tcp_worker], require_lane=lane, strict=True)
     small, x = nn.Linear(8, 8), torch.randn(2, 8)
     large, y = nn.Linear(2048, 2048, bias=False), torch.randn(1, 2048)
     step = torch.compile(small, backend="genie")

@@ -267,6 +267,23 @@ def test_a_future_says_how_it_failed(peer: Peer) -> None:
         lost.result(5.0)
 
 
+@not_over_ports
+def test_what_a_call_waits_for_overtakes_bulk(peer: Peer) -> None:
+    end = NativeEnd(peer.channel, 1.0, 0.0, digest=False)
+    piece = payload(1 << 20).numpy()
+    peer.signal(signal.SIGSTOP)
+    try:
+        bulk = [end.post([b"bulk %d" % i, piece], BULK) for i in range(40)]
+        assert end.post([b"step"]) is not None
+    finally:
+        peer.signal(signal.SIGCONT)
+    assert None not in bulk
+    came = [peer.channel.receive(30.0)[0] for _ in range(41)]
+    assert came.index(b"step") <= 4, "a window of 4 MiB, or less where the next piece would not fit"
+    came.remove(b"step")
+    assert came == [b"bulk %d" % i for i in range(40)]
+
+
 def test_the_gil_is_free_while_a_thread_waits(peer: Peer) -> None:
     waited = threading.Thread(target=peer.channel.receive, args=(0.5,))
     waited.start()
