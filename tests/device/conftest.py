@@ -17,3 +17,15 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
     before, recorder.enabled = recorder.enabled, request.param == "native"
     yield request.param
     recorder.enabled = before
+
+
+@pytest.fixture
+def no_lazy_bits() -> Iterator[None]:
+    """As in a process that never looked at memory through a conjugate, which another test may have done: from then on
+    less is remembered.
+    """
+    from genie_dynamo.device.memory import lazy_bits
+
+    before, lazy_bits[0] = lazy_bits[0], False
+    yield
+    lazy_bits[0] = lazy_bits[0] or before

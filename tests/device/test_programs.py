@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import genie_dynamo as genie
 from genie_dynamo.device import engine as engines
-from genie_dynamo.device import memory
 
 DEVICE = "remote_accelerator"
 
@@ -154,11 +153,7 @@ def test_compiled_graphs_run_forward_and_backward(session: object, fresh_dynamo:
     assert not genie.get_stats()["fallbacks"]
 
 
-def test_compiled_calls_are_recorded_from_memory(session: object, fresh_dynamo: None,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    # Another test of this process may have looked at memory through a conjugate: from then on nothing is remembered.
-    monkeypatch.setattr(memory, "lazy_bits", [False])
-
+def test_compiled_calls_are_recorded_from_memory(session: object, fresh_dynamo: None, no_lazy_bits: None) -> None:
     def step(state: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         state.mul_(0.5).add_(x)
         transposed = x.t()

@@ -99,7 +99,7 @@ def test_both_ways_record_the_same(session: object, name: str, monkeypatch: pyte
     (mutation, aten.fill_.Scalar, lambda x: (x[1], 2.0)),
     (mutation, aten._foreach_add_.Scalar, lambda x: ([x, x], 1.0)),
 ], ids=lambda value: str(value) if isinstance(value, torch._ops.OpOverload) else "")
-def test_a_known_call_is_not_pythons(session: object, make: Any, target: Any, args: Any,
+def test_a_known_call_is_not_pythons(session: object, make: Any, target: Any, args: Any, no_lazy_bits: None,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     """Else this file would say nothing about the extension."""
     monkeypatch.setattr(recorder, "enabled", True)
