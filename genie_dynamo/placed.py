@@ -81,7 +81,8 @@ class PlacedGraph:
         self._over = gm                                   # what `current` runs
         self._num_results = len(anywhere.plan.outputs)
         self._learnt = False                              # what whole fragments take, since it was planned
-        self._follows: object = None                      # of a backward: the forward whose copies `current` takes
+        # Of a backward: the graph, and the forward whose copies it takes. One value: other threads call meanwhile.
+        self._following: tuple[RemoteGraph, object] = (anywhere, None)
         self._asked_backward: fx.GraphModule | None = None            # of a forward: the backward it was planned for
         if facts.kind == "backward":
             homes.backward = gm
@@ -182,7 +183,7 @@ class PlacedGraph:
         return outputs
 
     def _run_backward(self, args: list[Any]) -> tuple[Any, ...]:
-        current, follows = self._current, self._follows
+        current, follows = self._following
         if follows is None:
             return current(args)
         copies = beside(args, follows)
@@ -256,7 +257,12 @@ class PlacedGraph:
         if self.facts.kind == "backward":
             if self._key is not self._homes.of_value:
                 self._key = self._homes.of_value
-                self._follow()
+                try:
+                    self._follow()
+                except (PlanError, UnsupportedGraphError) as error:
+                    log.info("%s runs whole on one worker: %s", self.label, error)
+                    self._current, self._over, self._workers = self._anywhere, self.gm, ()
+                    self._following = self._anywhere, None
                 observing.watch(session, self)
             return
         key = worker_facts.incarnations(session)
@@ -346,8 +352,8 @@ class PlacedGraph:
                               found.split)
             log.info("%s is cut over %s: %.3g ms estimated", self.label, ", ".join(found.workers), found.est_s * 1e3)
             self._current, self._workers, self._over = cut, found.workers, found.over(self.gm)
+            self._homes.forward = cut            # before the rest: a backward that sees the rest follows this one
             self._homes.settle(found, self.gm, aware=self._config.awareness == "full")
-            self._homes.forward = cut
             if found.split is not None:
                 self._homes.rows = rows_for_backward(found.split, self.facts)
             return
@@ -356,23 +362,20 @@ class PlacedGraph:
             self._current, self._workers = self._build(self.gm, lambda node: 0, found.workers, None), found.workers
 
     def _follow(self) -> None:
-        """A backward graph runs where the activations are that it reads."""
-        self._follows, self._over, self._workers = None, self.gm, self._homes.workers
-        if len(self._homes.workers) < 2:
-            self._current = self._anywhere
-            return
-        found = self._homes.found
-        if found is not None and found.crossings is not None:
-            assign: Mapping[str, int] = found.crossings.assign
-            self._current = self._build(found.crossings.backward, lambda node: assign[node.name], self._homes.workers,
-                                        None)
-            self._over, self._follows = found.crossings.backward, self._homes.forward
-            return
-        assign = follow(self.gm, self._homes)
-        split = self.parts.of_backward(self.gm, self.facts, self._homes.rows, self._config.microbatches)
-        if split is None:
-            self._current = self._build(self.gm, lambda node: assign[node.name], self._homes.workers, None)
-            return
-        origin = split.origin
-        self._current = self._build(split.gm, lambda node: assign[origin[node.name]], self._homes.workers, split)
-        self._over = split.gm
+        """A backward graph runs where the activations are that it reads. Raises: PlanError."""
+        workers, found = self._homes.workers, self._homes.found
+        current, over, follows = self._anywhere, self.gm, None
+        if len(workers) > 1 and found is not None and found.crossings is not None:
+            crossing: Mapping[str, int] = found.crossings.assign
+            follows, over = self._homes.forward, found.crossings.backward
+            current = self._build(over, lambda node: crossing[node.name], workers, None)
+        elif len(workers) > 1:
+            assign = follow(self.gm, self._homes)
+            split = self.parts.of_backward(self.gm, self.facts, self._homes.rows, self._config.microbatches)
+            if split is None:
+                current = self._build(self.gm, lambda node: assign[node.name], workers, None)
+            else:
+                origin, over = split.origin, split.gm
+                current = self._build(over, lambda node: assign[origin[node.name]], workers, split)
+        self._current, self._over, self._workers = current, over, workers
+        self._following = current, follows

@@ -16,7 +16,10 @@ PyObject* Kernel::call(PyObject* args, PyObject* kwargs) const {
   if (objects_->enabled) {
     std::optional<py::object> result = answer(args, kwargs);
     if (result) return result->release().ptr();
-    PyErr_Clear();                                     // what it was the general kernel meets too, and says
+    if (PyErr_Occurred() != nullptr) {
+      if (PyErr_ExceptionMatches(PyExc_Exception) == 0) return nullptr;    // an interrupt
+      PyErr_Clear();                                   // what it was the general kernel meets too, and says
+    }
   }
   if (!general) {
     PyErr_SetString(PyExc_RuntimeError, "this kernel was taken apart with its module");
@@ -41,7 +44,7 @@ void RecordingKernel::clear() {
 }
 
 std::optional<py::object> RecordingKernel::answer(PyObject* args, PyObject* kwargs) const {
-  if (objects().is_long() != 0) return {};
+  if (!calls_ || objects().is_long() != 0) return {};
   Arguments arguments(objects(), signature_);
   if (!arguments.take(args, kwargs)) return {};
   const py::object key = arguments.key();

@@ -21,6 +21,7 @@ between forward and backward, as in eager.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -166,10 +167,15 @@ def tensor_bytes(gm: fx.GraphModule, costs: GraphCosts, values: Mapping[str, int
 
 
 def may_run_again(node: fx.Node) -> bool:
-    """Whether a second run gives the same bits and has no effect."""
-    return (node.op == "call_function" and not draws_random_numbers(node) and not writes_to_arguments(node)
-            and not isinstance(node.target, torch._ops.HigherOrderOperator)
+    """Whether a second run gives the same bits and has no effect. Of ops that others have registered nobody knows."""
+    return (node.op == "call_function" and _is_known(node.target) and not draws_random_numbers(node)
+            and not writes_to_arguments(node) and not isinstance(node.target, torch._ops.HigherOrderOperator)
             and any(True for _ in tensors_in(node.meta.get("val"))))
+
+
+def _is_known(target: Any) -> bool:
+    return target is operator.getitem or (
+        isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims", "genie"))
 
 
 def writes_to_arguments(node: fx.Node) -> bool:

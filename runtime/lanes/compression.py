@@ -8,6 +8,7 @@ those of another, and small frames not at all.
 """
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 import time
@@ -63,7 +64,6 @@ def _zstd() -> Codec:
 def _lz4() -> Codec:
     from lz4 import block
 
-
     def compress(data: Any) -> bytes:
         out: bytes = block.compress(data, store_size=False)
         return out
@@ -85,19 +85,17 @@ def _of_size(data: bytes, size: int) -> bytes:
 
 
 _MAKERS: dict[str, tuple[str, Callable[[], Codec]]] = {"zstd": ("zstandard", _zstd), "lz4": ("lz4", _lz4)}
-_codecs: dict[str, Codec | None] = {}
 
 
 def codec(name: str) -> Codec | None:
-    """The codec of that name, where its library is installed."""
-    if name not in _codecs:
-        try:
-            _codecs[name] = _MAKERS[name][1]()
-        except ImportError:
-            _codecs[name] = None
-    return _codecs[name]
+    """A codec of that name, where its library is installed. Of one thread at a time: zstd's contexts have state."""
+    try:
+        return _MAKERS[name][1]()
+    except ImportError:
+        return None
 
 
+@functools.cache
 def installed() -> tuple[str, ...]:
     """Codecs that this process has."""
     return tuple(name for name in _MAKERS if codec(name) is not None)

@@ -50,11 +50,13 @@ class Template:
     others: tuple[int, ...]                                # value ids of the arguments that each call brings
 
 
-class Arriving(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Arriving:
     """A large tensor of which pieces have come."""
 
     assembly: Any
     sender: bytes                                          # the client's connection; empty: other workers
+    heard_s: float                                         # when the last piece came
 
 
 @dataclass(slots=True, eq=False)

@@ -68,9 +68,10 @@ class Residents:
             if key in session.tensors:
                 return []        # it came twice, or from somebody who should not: what is resident never changes
         try:
-            arriving = self._arriving(session, message, b"" if landing else event.connection)
+            arriving = self._arriving(session, message, b"" if landing else event.connection, event.now_s)
             if arriving is None:
                 return []
+            arriving.heard_s = event.now_s
             arriving.assembly.add(message.tensor, message.offset, event.frames, digest=message.digest is not None)
             if not arriving.assembly.whole:
                 return []
@@ -83,7 +84,7 @@ class Residents:
             return self._no_landing(session, key, error) if landing else self.broke(session, key, error)
         return self._landed(session, key, tensor) if landing else self._store(session, key, tensor)
 
-    def _arriving(self, session: SessionRecord, message: m.Piece, sender: bytes) -> Arriving | None:
+    def _arriving(self, session: SessionRecord, message: m.Piece, sender: bytes, now_s: float) -> Arriving | None:
         """What the piece is a part of; None for an upload that was given up.
 
         Raises: ProtocolError; WorkerMemoryError where the session may not keep so much.
@@ -103,8 +104,20 @@ class Residents:
                 f"others, and this session may keep {session.quota_bytes / 2**20:.1f} MiB on the worker; raise the "
                 "quota (resident_quota_gib, or --resident-quota-gib of the worker) or add a worker",
                 size_bytes=size_bytes, quota_bytes=session.quota_bytes)
-        arriving = session.arriving[key] = Arriving(self._tools.assemble(message.tensor), sender)
+        session.broken.pop(key, None)        # an upload that was given up begins anew
+        arriving = session.arriving[key] = Arriving(self._tools.assemble(message.tensor), sender, now_s)
         return arriving
+
+    def give_up(self, session: SessionRecord, is_over: Callable[[Arriving], bool]) -> list[Command]:
+        """Drop what has come of uploads of which nothing more will come. Runs that wait for them are told."""
+        commands: list[Command] = []
+        for key in [key for key, arriving in session.arriving.items() if is_over(arriving)]:
+            left = session.arriving.pop(key)
+            commands += self.broke(session, key, StaleHandleError(
+                f"of tensor {key[0]}, {left.assembly.size_bytes} bytes, not all has come: its upload ended"))
+            if not left.sender:
+                del session.broken[key]              # nobody else asks
+        return commands
 
     def _remember(self, digest: bytes, actual: bytes, tensor: Any) -> None:
         if actual != digest:

@@ -35,6 +35,8 @@ from genie_dynamo.runtime.worker.runs import Runs
 from genie_dynamo.runtime.worker.toolbox import Toolbox
 
 MAX_ECHO_BYTES = 64 << 20
+UPLOAD_SILENCE_S = 60.0
+"""After this long without a piece an upload is given up: its client goes on with others or has gone."""
 
 
 def _is_second_way(connection: bytes) -> bool:
@@ -155,8 +157,7 @@ class WorkerState:
         if session is not None:
             session.connections.discard(connection)
             session.work.tally.add(self._tools.lane_counters(connection))
-            for key in [key for key, arriving in session.arriving.items() if arriving.sender == connection]:
-                del session.arriving[key]
+            return self._runs.residents.give_up(session, lambda arriving: arriving.sender == connection)
         return []
 
     def _load(self, session: SessionRecord, event: Received) -> list[Command]:
@@ -229,6 +230,9 @@ class WorkerState:
         late = [s for s in self.sessions.values()
                 if s.lease_s > 0 and now_s - s.last_heard_s > s.lease_s and not s.runs]
         ended = [command for session in late for command in self._end(session)]
+        for session in self.sessions.values():
+            if session.arriving:         # nobody says when a connection over ZeroMQ is gone
+                ended += self._runs.residents.give_up(session, lambda a: now_s - a.heard_s > UPLOAD_SILENCE_S)
         return ended + [command for session in self.sessions.values() for command in self._runs.tick(session, now_s)]
 
     def _end(self, session: SessionRecord) -> list[Command]:

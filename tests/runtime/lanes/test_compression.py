@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from genie_dynamo.core.limits import Limits
 from genie_dynamo.core.wire import pack
 from genie_dynamo.runtime.client import negotiation
 from genie_dynamo.runtime.lanes import compression
-from genie_dynamo.runtime.lanes.compression import MIN_FRAME_BYTES, Compression, installed, wanted
+from genie_dynamo.runtime.lanes.compression import MIN_FRAME_BYTES, Compression, installed, is_packed, wanted
 from tests.runtime.lanes.ends import native
 from tests.runtime.lanes.test_negotiation import tcp_worker  # noqa: F401 - a fixture
 
@@ -146,10 +147,37 @@ def test_a_library_that_is_named_and_missing_is_an_error_that_says_how_to_get_it
         monkeypatch: pytest.MonkeyPatch) -> None:
     assert wanted("off") == ()
     assert wanted("auto") == NAMES
-    monkeypatch.setitem(compression._codecs, "zstd", None)
+    def absent() -> Any:
+        raise ImportError
+
+    monkeypatch.setitem(compression._MAKERS, "zstd", ("zstandard", absent))
+    monkeypatch.setattr(compression, "installed", compression.installed.__wrapped__)
     assert wanted("auto") == wanted("lz4") == ("lz4",)
     with pytest.raises(ConfigError, match=r"pip install 'genie-dynamo\[compression\]'"):
         genie.init(workers=1, compression="zstd")
+
+
+def test_threads_compress_at_the_same_time() -> None:
+    """Each connection has contexts of its own: zstd's are of one thread."""
+    frame = bytes(range(256)) * 4096
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            mine = Compression(("zstd",), 1e6)
+            for _ in range(60):
+                header, frames = mine.pack(b"message", [frame])
+                assert is_packed(header) and len(frames[0]) < len(frame)
+                assert mine.unpack(header, frames)[1] == [frame]
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
 
 
 # ------------------------------------------------------------- between a client and a worker
