@@ -34,6 +34,7 @@ from genie_dynamo.device.compiled import is_on_device, recorded
 from genie_dynamo.fused import remote_call
 from genie_dynamo.partitioning import partition_fn
 from genie_dynamo.parts import Parts
+from genie_dynamo.passes.default_dtype import make_default_dtype_explicit
 from genie_dynamo.passes.facts import GraphFacts, read_facts, read_guards
 from genie_dynamo.passes.following import Homes
 from genie_dynamo.passes.lower import lower_fragment, unsupported_reasons
@@ -101,6 +102,10 @@ def compile_aten(gm: fx.GraphModule, kind: str, guards: GuardFacts, config: Conf
     if is_on_device(gm):
         return recorded(gm)
     label = f"{kind} graph {next(_numbers)}"
+    try:
+        make_default_dtype_explicit(gm)
+    except UnsupportedGraphError as error:
+        return _fall_back(label, (str(error),), _boxed(gm, kind), config)
     facts = read_facts(gm, kind)
     homes = homes or SizedHomes()
     compile_one = functools.partial(_compile_graph, facts=facts, guards=guards, partial=_ends_in_break())

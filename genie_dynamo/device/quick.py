@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from genie_dynamo.device import memory, moves, nodes
+from genie_dynamo.passes.default_dtype import WORKERS_DEFAULT
 from genie_dynamo.runtime.lanes import native
 
 if TYPE_CHECKING:
@@ -70,5 +71,5 @@ def make_recorder(engine: Any) -> Recorder:
         "memory_module": vars(memory), "layouts": nodes.layouts, "layout_of": nodes.layout_of,
         "scatter_calls": moves.calls, "item_calls": nodes.getitem_calls, "make_item": nodes.item_of,
         "fresh": memory.fresh, "lazy_bits": memory.lazy_bits, "read": memory.read, "write": memory.write,
-        "engine": engine})
+        "engine": engine, "default_dtype": torch.get_default_dtype, "usual_dtype": WORKERS_DEFAULT})
     return recorder

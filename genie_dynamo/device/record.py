@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 from genie_dynamo.device import foreign, nodes
 from genie_dynamo.device.memory import read, storage_of
 from genie_dynamo.device.nodes import Call, Layout, Node, Slot, layout, layout_of
+from genie_dynamo.passes.default_dtype import WORKERS_DEFAULT, dependent_dtype
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -84,6 +85,8 @@ class Op:
         for name, value in kwargs.items():
             key.append(name)
             self._take(value, self.kind_by_name[name], key, inputs, scalars)
+        if torch.get_default_dtype() is not WORKERS_DEFAULT:
+            key.append(torch.get_default_dtype())
         return tuple(key), inputs, scalars
 
     def _take(self, value: Any, kind: str, key: list[Any], inputs: list[Node], scalars: list[Any]) -> None:
@@ -139,6 +142,7 @@ class Op:
         try:
             result = infer(self.target, tree.filled(spec, tree.metas), tree.filled(named, tree.metas))
             outs = tuple(flat_layouts(result))
+            self._say_dtype(spec, named, inputs, [out.dtype for _, out in outs])
         except DataDependentError:
             outs = ()
         exact = self.exact
@@ -148,6 +152,18 @@ class Op:
             exact = False
         return Call(self.target, spec, named, tuple(tree.numbers), outs, exact=exact or self.views,
                     random=self.random)
+
+    def _say_dtype(self, spec: tuple[Any, ...], named: dict[str, Any], inputs: Sequence[Node],
+                   made: list[torch.dtype]) -> None:
+        """What a result has by torch.set_default_dtype is named, since workers have a default of their own."""
+        given = [node.layout.dtype for node in inputs if node.layout is not None]
+        dtype = dependent_dtype(self.target, (*spec, *named.values()), made, given)
+        if dtype is None:
+            return
+        if inputs or "dtype" not in self.kind_by_name:
+            raise RuntimeError(f"{self.target} makes {dtype} out of integers by torch.set_default_dtype, which workers "
+                               f"of remote_accelerator do not have: convert the integers first, x.to({dtype})")
+        named["dtype"] = dtype
 
     def __call__(self, *args: Any, **kwargs: Any) -> Node:
         """Record a call; arguments may be tensors of the device or nodes. Raises: as eager would."""

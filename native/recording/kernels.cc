@@ -44,7 +44,7 @@ void RecordingKernel::clear() {
 }
 
 std::optional<py::object> RecordingKernel::answer(PyObject* args, PyObject* kwargs) const {
-  if (!calls_ || objects().is_long() != 0) return {};
+  if (!calls_ || objects().is_long() != 0 || !objects().has_usual_dtype()) return {};
   Arguments arguments(objects(), signature_);
   if (!arguments.take(args, kwargs)) return {};
   const py::object key = arguments.key();

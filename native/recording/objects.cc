@@ -36,6 +36,7 @@ Objects::Objects(const py::dict& given)
       layouts(part(given, "layouts")), scatter_calls(part(given, "scatter_calls")), item_calls(part(given, "item_calls")),
       fresh(part(given, "fresh")), lazy_bits(part(given, "lazy_bits")), engine(part(given, "engine")), read(part(given, "read")),
       write(part(given, "write")), layout_of(part(given, "layout_of")),
+      default_dtype(part(given, "default_dtype")), usual_dtype(part(given, "usual_dtype")),
       node_call(node_type, "call"), node_inputs(node_type, "inputs"), node_scalars(node_type, "scalars"),
       node_layout(node_type, "layout"), node_value(node_type, "value"),
       memory_node(memory_type, "node"), memory_plain(memory_type, "plain"), memory_views(memory_type, "views"),

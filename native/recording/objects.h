@@ -54,6 +54,7 @@ struct Objects {
   py::dict memory_module, layouts, scatter_calls, item_calls;
   py::list fresh, lazy_bits;
   py::object engine, read, write, layout_of;                        // slower ways, which also know the rest
+  py::object default_dtype, usual_dtype;
   bool enabled = true;
 
   Slot node_call, node_inputs, node_scalars, node_layout, node_value;
@@ -72,6 +73,12 @@ struct Objects {
   }
   [[nodiscard]] bool has_lazy_bits() const noexcept {
     return PyList_GET_SIZE(lazy_bits.ptr()) > 0 && PyList_GET_ITEM(lazy_bits.ptr(), 0) == Py_True;
+  }
+
+  // Under another default dtype calls have other results, which only the general kernels tell apart.
+  [[nodiscard]] bool has_usual_dtype() const {
+    const auto now = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(default_dtype.ptr()));
+    return now.ptr() == usual_dtype.ptr();
   }
 
   // Null with a Python exception set, as everything below that returns an object.

@@ -43,10 +43,18 @@ def train(steps: int = 4) -> dict[str, int]:
     model = Masked().train()
     reference, compiled = copy.deepcopy(model), torch.compile(model, backend="genie")
     for step in range(steps):
+        # All of it is new in each step, so that nothing of an older one would do.
+        x, lengths = torch.randn(512, 256), torch.tensor([100, 500 - 60 * step])
         for each in (compiled, reference):
-            each(*ARGS).square().mean().backward()
+            each(x, lengths).square().sum().div(512).backward()
         for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-7)
+            largest = float(other.grad.abs().max())
+            assert largest > 1e-5
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5 * largest)
+            with torch.no_grad():
+                other -= other.grad * (0.01 / largest)
+                mine.copy_(other)
+            mine.grad = other.grad = None
         if step == steps - 2:
             genie.reset_stats()         # the backward was compiled in the first step, the forward planned for it after
     stats = genie.get_stats()

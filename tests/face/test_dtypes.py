@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
+import genie_dynamo as genie
 from tests.face.comparing import check, same
 
 pytestmark = pytest.mark.usefixtures("session", "fresh_dynamo")
@@ -78,3 +80,50 @@ def test_training_under_autocast() -> None:
         out.float().square().mean().backward()
     for p, q in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
+
+
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_another_default_dtype(float64_by_default: None) -> None:
+    """What is made out of integers has the client's default dtype, which workers do not have."""
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.sigmoid(x), x / 3, x * 1.5, torch.ones(3) * x[:3], torch.arange(3) * 0.1, torch.linspace(0, 1, 4),
+                x.view(torch.float64), x.to(torch.float16), x.sum())
+
+    compiled = torch.compile(function, backend="genie", fullgraph=True)
+    x = torch.arange(1, 6)
+    for mine, eager in zip(compiled(x), function(x), strict=True):
+        same(mine, eager)
+    assert not genie.get_stats()["fallbacks"]
+
+
+@pytest.mark.fallback
+def test_what_cannot_be_told_the_default_dtype_runs_here(float64_by_default: None) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.logsumexp(x, 0)
+
+    compiled = torch.compile(function, backend="genie", options={"strict": False})
+    x = torch.arange(1, 6)
+    same(compiled(x), function(x))
+    assert any("set_default_dtype" in reason for reason in genie.get_stats()["fallbacks"])
+
+
+def test_another_default_dtype_on_the_device(session: object) -> None:
+    x = torch.arange(1, 6)
+    there = x.to("remote_accelerator")
+    before = there * 1.5
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(RuntimeError, match="convert the integers first"):
+            there * 1.5
+        made = there.to(torch.float64) * 1.5 + torch.ones(5, device="remote_accelerator")
+        same(made.cpu(), x * 1.5 + torch.ones(5))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    same(before.cpu(), x * 1.5)
+    same((there * 1.5).cpu(), x * 1.5)

@@ -22,7 +22,7 @@ from genie_dynamo.runtime.worker.events import (
     Tick,
 )
 from genie_dynamo.runtime.worker.records import RunRecord
-from genie_dynamo.runtime.worker.state import WorkerState
+from genie_dynamo.runtime.worker.state import UPLOAD_SILENCE_S, WorkerState
 
 TOKEN, OTHER = b"s" * 16, b"t" * 16
 
@@ -314,6 +314,27 @@ def test_the_rest_of_an_upload_that_has_ended_is_dropped(worker: Worker, end: st
     assert worker.send(sent) == worker.send(piece(b"large tensor", 4)) == []
     assert worker.send(piece(b"large tensor", 8)) == [] and not arriving
     assert worker.state.sessions[TOKEN].tensors[(4, 1)].content == b"large tensor"
+
+
+@pytest.mark.parametrize("end", ["lost", "silent"])
+def test_a_run_that_waits_for_an_upload_that_ended_is_told_and_the_upload_may_begin_anew(worker: Worker,
+                                                                                        end: str) -> None:
+    lane, sent = b"\0lane1234", piece(b"large tensor", 0)
+    worker.send(m.Hello(m.PROTOCOL_VERSION, TOKEN, 1000.0, {}, b"c"), lane)
+    assert worker.send(sent, lane) == []
+    waiting = run_of(worker.run((m.RESIDENT, 4, 1), incoming=((4, 1),)))
+    if end == "lost":
+        commands = worker.state.handle(Left(lane))
+    else:
+        assert worker.state.handle(Tick(UPLOAD_SILENCE_S - 1)) == []
+        commands = worker.state.handle(Tick(UPLOAD_SILENCE_S + 1))
+    assert failure_of(commands).kind == "StaleHandleError"
+    assert Abandon(waiting) in commands and not worker.state.sessions[TOKEN].arriving
+    assert failure_of(worker.run((m.RESIDENT, 4, 1), incoming=((4, 1),), call_id=10)).kind == "StaleHandleError"
+    assert worker.send(sent) == []
+    again = run_of(worker.run((m.RESIDENT, 4, 1), incoming=((4, 1),), call_id=11))
+    worker.send(piece(b"large tensor", 4))
+    assert run_of(worker.send(piece(b"large tensor", 8))) is again and again.env[0].content == b"large tensor"
 
 
 @pytest.mark.parametrize("content", [("4", 1, (b"x",), None), (4, 1, (b"x",)), (4, 1, b"x", None),

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
 from genie_dynamo.core.hardware import HardwareFacts, LinkFacts
-from genie_dynamo.passes.costs.recompute import NEVER, CostPartition, duplicates, values_to_recompute
+from genie_dynamo.passes.costs.recompute import NEVER, CostPartition, duplicates, may_run_again, values_to_recompute
 from tests.passes.costs.tracing import call_node, trace
 
 BOX = HardwareFacts(
@@ -160,3 +160,17 @@ def test_a_random_op_is_never_applied_twice() -> None:
     rand, mul = (call_node(gm, op).name for op in ("rand_like", "aten.mul"))
     seconds = {worker: {rand: 0.0, mul: 0.0} for worker in (0, 1)}
     assert duplicates(gm, {rand: 0, mul: 1}, seconds, lane) == {}
+
+
+def test_ops_of_other_people_never_run_twice() -> None:
+    """They may draw random numbers, or count, and their schema need not say so."""
+    library = torch.library.Library("somebodys", "DEF")
+    library.define("noise(Tensor x) -> Tensor")
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    known = graph.call_function(torch.ops.aten.exp.default, (x,))
+    theirs = graph.call_function(torch.ops.somebodys.noise.default, (x,))
+    for node in (x, known, theirs):
+        node.meta["val"] = torch.empty(2, device="meta")
+    assert may_run_again(known) and not may_run_again(theirs)
+    library._destroy()
